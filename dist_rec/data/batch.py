@@ -1,0 +1,171 @@
+"""`Batch`: what one rank's step sees, as tensors.
+
+IDs are one `KeyedJaggedTensor`, lists stay jagged, and every distinct text appears once with an
+index for each use, because the language model is the dearest part. Rows that only pad the
+batch are *masked*: no ids, no texts, no labels, `valid` False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from ..schema import Schema
+from .rows import Ragged, Rows
+
+
+@dataclass
+class Batch(Pipelineable):
+    """B rows (masked ones included) of which T distinct texts are known.
+
+    Attributes:
+        ids: every `id` and `ids` feature, keys in schema order, int64 values, stride B. A null
+            is an empty list.
+        dense: per `dense` feature, float32 `[B, width]`, NaN where null.
+        text_index: per text feature, int64 `[n]`, positions among the T texts, rows
+            concatenated.
+        text_lengths: per text feature, int64 `[B]`, how many of those each row has.
+        text_tokens: int64 `[T, L]` token ids, padded with 0; `[T, 0]` where not asked for.
+        text_mask: bool `[T, L]`, True on real tokens.
+        text_vectors: float32 `[T, D]` vectors of a frozen encoder; `[T, 0]` where not asked for.
+        labels: per label, float32 `[B]`, 0 where missing.
+        label_valid: per label, bool `[B]`.
+        domain: int64 `[B]`, 0 on masked rows.
+        valid: bool `[B]`, False on masked rows.
+        row: int64 `[B]`, number of the row in the data set, -1 on masked rows.
+        user: int64 `[B]`, key of grouped metrics, -1 where unknown.
+        query: int64 `[B]`, likewise for NDCG.
+    """
+
+    ids: KeyedJaggedTensor
+    dense: dict[str, Tensor]
+    text_index: dict[str, Tensor]
+    text_lengths: dict[str, Tensor]
+    text_tokens: Tensor
+    text_mask: Tensor
+    text_vectors: Tensor
+    labels: dict[str, Tensor]
+    label_valid: dict[str, Tensor]
+    domain: Tensor
+    valid: Tensor
+    row: Tensor
+    user: Tensor
+    query: Tensor
+
+    def __len__(self) -> int:
+        return self.domain.shape[0]
+
+    def _map(self, move: Callable[[Any], Any]) -> Batch:
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = {k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value)
+        return Batch(**moved)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return self._map(lambda t: t.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda t: t.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda t: t.record_stream(stream))
+
+
+def make_batch(
+    rows: Rows,
+    schema: Schema,
+    size: int,
+    vectors: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Batch:
+    """Turn rows into a batch of exactly `size` rows, masking what is missing.
+
+    Args:
+        rows: at most `size` rows.
+        schema: the data set's schema; its feature order is the key order.
+        size: B.
+        vectors: looks up the frozen vectors of text keys: int64 `[T]` -> float32 `[T, D]`. None
+            where the model needs none.
+    """
+    n = len(rows)
+    if n > size:
+        raise ValueError(f"{n} rows do not fit a batch of {size}")
+    features = list(rows.ids)
+    lengths = np.zeros((len(features), size), np.int64)
+    for i, name in enumerate(features):
+        lengths[i, :n] = rows.ids[name].lengths
+    values = [rows.ids[name].values.astype(np.int64, copy=False) for name in features]
+    ids = KeyedJaggedTensor(
+        keys=features,
+        values=torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.int64)),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        stride=size,
+    )
+    texts, keys, positions = _distinct_texts(rows)
+    tokens, mask = _padded_tokens(rows.tokens, positions)
+    labels, valid = {}, {}
+    for name in schema.labels:
+        known = ~np.isnan(rows.labels[name])
+        labels[name] = _padded(np.where(known, rows.labels[name], 0).astype(np.float32), size, 0)
+        valid[name] = _padded(known, size, False)
+    return Batch(
+        ids=ids,
+        dense={n_: _padded(v, size, np.nan) for n_, v in rows.dense.items()},
+        text_index={n_: torch.from_numpy(t.values) for n_, t in texts.items()},
+        text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in texts.items()},
+        text_tokens=tokens,
+        text_mask=mask,
+        text_vectors=torch.from_numpy(vectors(keys)) if vectors else torch.zeros(len(keys), 0),
+        labels=labels,
+        label_valid=valid,
+        domain=_padded(rows.domain, size, 0),
+        valid=_padded(np.ones(n, bool), size, False),
+        row=_padded(rows.row, size, -1),
+        user=_padded(rows.keys["user"], size, -1),
+        query=_padded(rows.keys["query"], size, -1),
+    )
+
+
+def _padded(values: np.ndarray, size: int, fill: Any) -> Tensor:
+    out = np.full((size, *values.shape[1:]), fill, values.dtype)
+    out[: len(values)] = values
+    return torch.from_numpy(out)
+
+
+def _distinct_texts(rows: Rows) -> tuple[dict[str, Ragged], np.ndarray, np.ndarray]:
+    """The texts these rows use: re-numbered uses, their keys, their positions in the text table."""
+    if not rows.texts:
+        empty = np.zeros(0, np.int64)
+        return {}, empty, empty
+    used = np.zeros(len(rows.text_keys), bool)
+    for uses in rows.texts.values():
+        used[uses.values] = True
+    positions = np.flatnonzero(used)
+    renumber = np.cumsum(used) - 1
+    texts = {n: Ragged(renumber[uses.values], uses.offsets) for n, uses in rows.texts.items()}
+    return texts, rows.text_keys[positions], positions
+
+
+def _padded_tokens(tokens: Ragged | None, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Token ids `[T, L]` and mask; `[T, 0]` without tokens.
+
+    A language model must run on every rank in every step, so no text at all becomes one
+    text of one token that nothing refers to.
+    """
+    if tokens is None:
+        return torch.zeros(len(positions), 0, dtype=torch.int64), torch.zeros(len(positions), 0, dtype=torch.bool)
+    if len(positions) == 0:
+        return torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    taken = tokens.take(positions)
+    lengths = taken.lengths
+    mask = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
+    padded = np.zeros(mask.shape, np.int64)
+    padded[mask] = taken.values
+    return torch.from_numpy(padded), torch.from_numpy(mask)
