@@ -35,6 +35,7 @@ class DataConfig:
     * `batch_size`: rows of a *global* batch, over all ranks; a multiple of `streams`.
     * `streams`: logical streams S; at least the largest world size this run will ever have.
     * `shuffle_window`: rows, over all streams, within which rows are shuffled; 0 reads in order.
+    * `domains`: the domains to train on; empty means all of the schema.
     * `weights`: share of each domain in an epoch; empty means natural, every row exactly once.
     * `drop_last`: drop the short last batch of an epoch instead of padding it.
     * `read_ahead`: batches prepared in the background.
@@ -47,6 +48,7 @@ class DataConfig:
     batch_size: int = Field(default=4096, ge=1)
     streams: int = Field(default=8, ge=1)
     shuffle_window: int = Field(default=262144, ge=0)
+    domains: list[str] = field(default_factory=list)
     weights: dict[str, float] = field(default_factory=dict)
     drop_last: bool = False
     read_ahead: int = Field(default=4, ge=1)
@@ -64,9 +66,7 @@ class DataConfig:
         return self
 
 
-ShardingName = Literal[
-    "auto", "data_parallel", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
-]
+ShardingName = Literal["auto", "table_wise", "column_wise", "row_wise"]
 
 
 @strict

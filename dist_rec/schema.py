@@ -6,6 +6,7 @@ every `index.json`. It knows nothing of files, tensors or models.
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,8 @@ class Feature:
     * `shares`: the feature whose vocabulary and embedding table this one uses.
     * `events`: for histories that the raw data does not carry as a list column.
     * `max_length`: lists keep their last `max_length` entries (histories are oldest first).
+    * `separator`: for list columns that the raw data writes as one string: with `"|"`,
+      `Animation|Comedy` is a list of two. Without it such a string must be a JSON list.
     """
 
     role: Role
@@ -75,6 +78,7 @@ class Feature:
     events: Events | None = None
     max_length: int = Field(default=50, ge=1)
     width: int = Field(default=1, ge=1)
+    separator: str | None = Field(default=None, min_length=1)
 
 
 @strict
@@ -133,6 +137,14 @@ class Schema:
             faults.append("domains.names has a name twice")
         if not self.labels:
             faults.append("labels is empty: name at least one")
+        for what, names in (("features", self.features), ("labels", self.labels)):
+            lowered = [name.lower() for name in names]
+            for name in names:
+                # Names become names of files and of SQL columns.
+                if not re.fullmatch(r"\w[\w.-]*", name):
+                    faults.append(f"{what}.{name}: use letters, digits, '_', '-', '.'; begin with no '-' or '.'")
+                if lowered.count(name.lower()) > 1:
+                    faults.append(f"{what}.{name}: two names differ in nothing but upper and lower case")
         for name, feature in self.features.items():
             if feature.shares is None:
                 continue
@@ -147,6 +159,8 @@ class Schema:
         for name, feature in self.features.items():
             if feature.role == "history" and feature.kind not in ("ids", "texts"):
                 faults.append(f"features.{name}: a history feature is of kind ids or texts")
+            if feature.separator is not None and (feature.kind in ("id", "text") or feature.events is not None):
+                faults.append(f"features.{name}.separator: only ids, texts and dense columns are split into lists")
             if feature.kind == "texts" and feature.role != "history":
                 faults.append(f"features.{name}: texts is for histories; use text")
             if feature.events is not None:

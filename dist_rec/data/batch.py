@@ -108,8 +108,9 @@ def make_batch(
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
     )
-    texts, keys, positions = _distinct_texts(rows)
-    tokens, mask = _padded_tokens(rows.tokens, positions)
+    rows = rows.compact()
+    keys = rows.text_keys
+    tokens, mask = _padded_tokens(rows.tokens, len(keys))
     labels, valid = {}, {}
     for name in schema.labels:
         known = ~np.isnan(rows.labels[name])
@@ -118,8 +119,8 @@ def make_batch(
     return Batch(
         ids=ids,
         dense={n_: _padded(v, size, np.nan) for n_, v in rows.dense.items()},
-        text_index={n_: torch.from_numpy(t.values) for n_, t in texts.items()},
-        text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in texts.items()},
+        text_index={n_: torch.from_numpy(t.values) for n_, t in rows.texts.items()},
+        text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in rows.texts.items()},
         text_tokens=tokens,
         text_mask=mask,
         text_vectors=torch.from_numpy(vectors(keys)) if vectors else torch.zeros(len(keys), 0),
@@ -139,33 +140,18 @@ def _padded(values: np.ndarray, size: int, fill: Any) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _distinct_texts(rows: Rows) -> tuple[dict[str, Ragged], np.ndarray, np.ndarray]:
-    """The texts these rows use: re-numbered uses, their keys, their positions in the text table."""
-    if not rows.texts:
-        empty = np.zeros(0, np.int64)
-        return {}, empty, empty
-    used = np.zeros(len(rows.text_keys), bool)
-    for uses in rows.texts.values():
-        used[uses.values] = True
-    positions = np.flatnonzero(used)
-    renumber = np.cumsum(used) - 1
-    texts = {n: Ragged(renumber[uses.values], uses.offsets) for n, uses in rows.texts.items()}
-    return texts, rows.text_keys[positions], positions
-
-
-def _padded_tokens(tokens: Ragged | None, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+def _padded_tokens(tokens: Ragged | None, texts: int) -> tuple[Tensor, Tensor]:
     """Token ids `[T, L]` and mask; `[T, 0]` without tokens.
 
     A language model must run on every rank in every step, so no text at all becomes one
     text of one token that nothing refers to.
     """
     if tokens is None:
-        return torch.zeros(len(positions), 0, dtype=torch.int64), torch.zeros(len(positions), 0, dtype=torch.bool)
-    if len(positions) == 0:
+        return torch.zeros(texts, 0, dtype=torch.int64), torch.zeros(texts, 0, dtype=torch.bool)
+    if texts == 0:
         return torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-    taken = tokens.take(positions)
-    lengths = taken.lengths
+    lengths = tokens.lengths
     mask = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
     padded = np.zeros(mask.shape, np.int64)
-    padded[mask] = taken.values
+    padded[mask] = tokens.values
     return torch.from_numpy(padded), torch.from_numpy(mask)

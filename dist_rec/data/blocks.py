@@ -16,6 +16,7 @@ A block is an Arrow IPC stream with exactly one record batch, uncompressed. Colu
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -111,10 +112,11 @@ def decode_block(
             label is outside its range; names the block and the row.
     """
     try:
+        _refuse_compression(payload)
         with pa.ipc.open_stream(pa.py_buffer(payload)) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, StopIteration, EOFError) as error:
+    except (pa.ArrowException, OSError, StopIteration, EOFError, struct.error) as error:
         raise UserError(f"{where} is damaged: {error}. Run `dist-rec shards verify` and build it again.") from None
     expected = arrow_schema(schema)
     if not batch.schema.equals(expected):
@@ -126,13 +128,13 @@ def decode_block(
     for name in features:
         feature, column = schema.features[name], batch.column(name)
         if feature.kind in ("id", "ids"):
-            rows.ids[name] = _checked_ids(_ragged(column), sizes[schema.table_of(name)], name, where)
+            rows.ids[name] = _checked_ids(_ragged(column, where), sizes[schema.table_of(name)], name, where)
         elif feature.kind == "dense":
             rows.dense[name] = _dense(column, feature)
         else:
-            indices, dictionary = _text_indices(column)
+            indices, dictionary = _text_indices(column, where)
             dictionaries.append((name, indices, dictionary))
-    _merge_texts(rows, dictionaries, with_tokens)
+    _merge_texts(rows, dictionaries, with_tokens, where)
     for name, label in schema.labels.items():
         values = batch.column(f"label:{name}").to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
         bad = (values < 0) | (values > label.maximum)
@@ -152,14 +154,52 @@ def decode_block(
     return rows
 
 
-def _ragged(column: pa.Array) -> Ragged:
+def _refuse_compression(payload: bytes | memoryview) -> None:
+    """A kilobyte of a compressed buffer may claim gigabytes, so none is ever expanded.
+
+    pyarrow does not say whether a batch is compressed before it expands it; this reads it from
+    the Flatbuffers metadata (Message.fbs: `RecordBatch.compression` is field 3).
+
+    Raises:
+        pa.ArrowInvalid: a batch or dictionary is compressed.
+        struct.error: the metadata is no such table.
+    """
+    reader = pa.ipc.MessageReader.open_stream(pa.py_buffer(payload))
+    for message in reader:
+        if message.type not in ("record batch", "dictionary"):
+            continue
+        data = message.metadata.to_pybytes()
+        (root,) = struct.unpack_from("<I", data, 0)
+        batch = _subtable(data, root, 2)
+        if message.type == "dictionary":
+            batch = _subtable(data, batch, 1)
+        if _field(data, batch, 3):
+            raise pa.ArrowInvalid("its buffers are compressed, which no builder of ours writes")
+
+
+def _field(data: bytes, table: int, number: int) -> int:
+    """Position of a Flatbuffers table's field, or 0 where it is left out."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    (size,) = struct.unpack_from("<H", data, vtable)
+    offset = struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
+    return table + offset if offset else 0
+
+
+def _subtable(data: bytes, table: int, number: int) -> int:
+    position = _field(data, table, number)
+    if not position:
+        raise pa.ArrowInvalid("a message lacks its batch")
+    return position + struct.unpack_from("<I", data, position)[0]
+
+
+def _ragged(column: pa.Array, where: str) -> Ragged:
     """A scalar or list column as lists; nulls are empty."""
     if isinstance(column, pa.ListArray):
         lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         # flatten() drops what hides under null lists, which raw offsets would not.
         values = column.flatten()
         if values.null_count:
-            raise UserError("a list holds a null entry")
+            raise UserError(f"{where} is damaged: a list holds a null entry. Build the data set again.")
         return Ragged.from_lengths(values.to_numpy(zero_copy_only=False), lengths)
     valid = column.is_valid().to_numpy(zero_copy_only=False)
     return Ragged.from_lengths(column.drop_null().to_numpy(zero_copy_only=False), valid)
@@ -183,15 +223,21 @@ def _dense(column: pa.FixedSizeListArray, feature: Feature) -> np.ndarray:
     return out
 
 
-def _text_indices(column: pa.Array) -> tuple[Ragged, pa.StructArray]:
+def _text_indices(column: pa.Array, where: str) -> tuple[Ragged, pa.StructArray]:
     if isinstance(column, pa.ListArray):
         lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        values = column.flatten()
-        return Ragged.from_lengths(values.indices.to_numpy(zero_copy_only=False), lengths), values.dictionary
-    return _ragged(column.indices), column.dictionary
+        # Arrow cannot flatten dictionaries under null lists: flatten the indices alone.
+        values = column.values
+        indices = pa.ListArray.from_arrays(column.offsets, values.indices, mask=column.is_null()).flatten()
+        if indices.null_count:
+            raise UserError(f"{where} is damaged: a list holds a null text. Build the data set again.")
+        return Ragged.from_lengths(indices.to_numpy(zero_copy_only=False), lengths), values.dictionary
+    return _ragged(column.indices, where), column.dictionary
 
 
-def _merge_texts(rows: Rows, columns: list[tuple[str, Ragged, pa.StructArray]], with_tokens: bool) -> None:
+def _merge_texts(
+    rows: Rows, columns: list[tuple[str, Ragged, pa.StructArray]], with_tokens: bool, where: str
+) -> None:
     """One table of distinct texts over all text columns of the block."""
     if not columns:
         rows.tokens = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64)) if with_tokens else None
@@ -202,5 +248,5 @@ def _merge_texts(rows: Rows, columns: list[tuple[str, Ragged, pa.StructArray]], 
     for i, (name, indices, _) in enumerate(columns):
         rows.texts[name] = Ragged(inverse[starts[i] + indices.values], indices.offsets)
     if with_tokens:
-        tokens = Ragged.concat([_ragged(d.field("tokens")) for _, _, d in columns])
+        tokens = Ragged.concat([_ragged(d.field("tokens"), where) for _, _, d in columns])
         rows.tokens = tokens.take(firsts)

@@ -62,12 +62,17 @@ class TokenizerInfo:
 
 @strict
 class FeatureStatistics:
-    """Per feature over the data set: null share, mean and maximal list length (or text length in
-    tokens). The planner takes pooling factors from `mean_length`."""
+    """Per feature over all rows of the data set.
+
+    `mean_length` and `max_length` count ids of an `id` or `ids` feature, tokens of a `text`, texts
+    of a `texts`, floats of a `dense`; a null counts as 0. The planner takes pooling factors from
+    `mean_length`. `unknown` counts ids on row 0 of a dictionary vocabulary.
+    """
 
     null_share: float
     mean_length: float
     max_length: int
+    unknown: int = Field(default=0, ge=0)
 
 
 @strict

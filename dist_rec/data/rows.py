@@ -6,6 +6,7 @@ only: decoding and shuffling need no torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -142,4 +143,20 @@ class Rows:
             tokens=self.tokens,
             labels={n: c[rows] for n, c in self.labels.items()},
             keys={n: c[rows] for n, c in self.keys.items()},
+        )
+
+    def compact(self) -> Rows:
+        """The same rows with a text table that holds only the texts they use."""
+        if not self.texts:
+            return self
+        used = np.zeros(len(self.text_keys), bool)
+        for uses in self.texts.values():
+            used[uses.values] = True
+        kept = np.flatnonzero(used)
+        renumber = np.cumsum(used) - 1
+        return dataclasses.replace(
+            self,
+            texts={n: Ragged(renumber[uses.values], uses.offsets) for n, uses in self.texts.items()},
+            text_keys=self.text_keys[kept],
+            tokens=self.tokens.take(kept) if self.tokens is not None else None,
         )

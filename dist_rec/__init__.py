@@ -1,0 +1,1 @@
+"""dist_rec: distributed training of search-and-recommendation foundation models."""

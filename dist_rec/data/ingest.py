@@ -1,0 +1,394 @@
+"""The table `source` → the table `encoded`: vocabularies applied, rows checked, splits assigned.
+
+Everything is SQL over DuckDB tables, so inputs larger than memory work. Row numbers and table rows
+depend on the input alone, never on threads: whatever could tie is ordered by input position. Knows
+nothing of files' formats (see `sources`), of histories from events (`histories`) nor of tars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+
+from ..errors import UserError
+from ..schema import Feature, Schema
+from .sources import Source, literal, quote
+
+SPLITS = ("train", "valid", "test")
+TEXTS = "texts_seen"
+
+
+@dataclass(frozen=True)
+class Split:
+    """How rows are dealt to train, valid and test.
+
+    * `random`: by a hash of the row's position and the seed, or, with `by`, of the value of that
+      raw column (or of `keys.user` / `keys.query` when `by` is `user` / `query`), so that all rows
+      of one value stay together.
+    * `time`: the oldest rows train, the newest test; the borders are quantiles of `keys.time`, and
+      rows of one instant stay together.
+    * `column`: a raw column that says `train`, `valid` or `test`.
+
+    A split of weight 0 is not written.
+    """
+
+    kind: Literal["random", "time", "column"]
+    weights: tuple[float, float, float] = (8, 1, 1)
+    column: str | None = None
+    by: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("random", "time", "column"):
+            raise UserError(f"split {self.kind!r} is unknown: use random, time or column.")
+        if self.kind == "column" and not self.column:
+            raise UserError("a split by column names the column: column:<name>.")
+        if self.kind != "random" and self.by:
+            raise UserError("only a random split goes by a column: random:8,1,1:by=<column>.")
+        if len(self.weights) != 3 or not all(0 <= w < float("inf") for w in self.weights) or not self.weights[0] > 0:
+            raise UserError(f"split weights {self.weights}: three numbers >= 0 for train, valid, test, the first > 0.")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Shares of the rows that end train and valid."""
+        total = sum(self.weights)
+        return self.weights[0] / total, (self.weights[0] + self.weights[1]) / total
+
+
+def parse_split(text: str) -> Split:
+    """`random:8,1,1`, `random:8,1,1:by=query`, `time:8,1,1` or `column:split`.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    kind, *parts = text.split(":")
+    usage = f"split {text!r}: write random:8,1,1, random:8,1,1:by=<column>, time:8,1,1 or column:<name>."
+    if kind == "column" and len(parts) >= 1:
+        return Split("column", column=":".join(parts))
+    by = None
+    if kind == "random" and len(parts) >= 2 and parts[1].startswith("by="):
+        by = ":".join(parts[1:]).removeprefix("by=")
+        parts = parts[:1]
+    if kind not in ("random", "time") or len(parts) > 1 or by == "":
+        raise UserError(usage)
+    try:
+        weights = tuple(float(w) for w in parts[0].split(",")) if parts else (8.0, 1.0, 1.0)
+    except ValueError:
+        raise UserError(usage) from None
+    return Split(kind, weights=weights, by=by)
+
+
+def split_columns(split: Split | None, schema: Schema) -> dict[str, str]:
+    """Place → raw column that the split itself needs."""
+    if split is None:
+        return {}
+    if split.kind == "time" and schema.keys.time is None:
+        raise UserError("a split by time needs keys.time in the schema.")
+    if split.kind == "column":
+        return {"split.column": split.column}
+    if split.by is None:
+        return {}
+    known = {"user": schema.keys.user, "query": schema.keys.query}
+    return {"split.by": known.get(split.by) or split.by}
+
+
+def check_rows(source: Source) -> None:
+    """Domains, labels and dense widths.
+
+    Raises:
+        UserError: an unknown or missing domain name, a domain without rows, a label outside its
+            range, a dense list of another width; says which value in which row.
+    """
+    con, schema = source.con, source.schema
+    names = schema.domains.names
+    if "domains.column" in source.columns:
+        column = source.columns["domains.column"]
+        counts = dict(con.execute(f"SELECT {column}, count(*) FROM source GROUP BY 1").fetchall())
+        raw = schema.domains.column
+        if None in counts:
+            n = con.execute(f"SELECT min(n) FROM source WHERE {column} IS NULL").fetchone()[0]
+            raise UserError(f"{counts[None]} rows have no domain in column {raw!r}; the first is {source.where(n)}.")
+        strange = sorted(set(counts) - set(names))
+        if strange:
+            listed = ", ".join(f"{name!r} ({counts[name]} rows)" for name in strange[:20])
+            raise UserError(
+                f"column {raw!r} names domains that the schema does not: {listed}. It has: {', '.join(names)}."
+            )
+        empty = [name for name in names if name not in counts]
+        if empty:
+            raise UserError(f"empty domain: no row is of {', '.join(map(repr, empty))}. Remove it from domains.names.")
+    for name, label in schema.labels.items():
+        column = source.columns[f"labels.{name}"]
+        bad = f"{column} < 0 OR {column} > {label.maximum!r}"
+        if label.kind == "binary":
+            bad = f"{column} NOT IN (0, 1)"
+        first = con.execute(f"SELECT n, {column} FROM source WHERE {bad} ORDER BY n LIMIT 1").fetchone()
+        if first:
+            allowed = "0 or 1" if label.kind == "binary" else f"0 .. {label.maximum:g}"
+            raise UserError(f"{source.where(first[0])}: label {name!r} is {first[1]:g}, allowed is {allowed}.")
+    for name, feature in schema.select(kinds=("dense",)).items():
+        column = source.columns[f"features.{name}"]
+        bad = f"SELECT n, len({column}) FROM source WHERE len({column}) <> {feature.width} ORDER BY n LIMIT 1"
+        first = con.execute(bad).fetchone()
+        if first:
+            raise UserError(
+                f"{source.where(first[0])}: dense feature {name!r} has {first[1]} values, its width is {feature.width}."
+            )
+
+
+def _items(feature: Feature, column: str) -> str:
+    """The list that is kept: nulls dropped (but in histories, which are aligned), the last ones."""
+    if feature.role != "history":
+        column = f"list_filter({column}, lambda x: x IS NOT NULL)"
+    elif feature.kind == "texts":
+        column = f"list_transform({column}, lambda x: coalesce(x, ''))"
+    return f"({column})[-{feature.max_length}:]"
+
+
+def _uses(source: Source, names: list[str]) -> str:
+    """SQL with one row a use: `value`, `first` (orders uses by row, feature, position) and `n`.
+
+    40 bits of row, 8 of feature and 16 of position make `first`; what is cut off at 255 features or
+    65,535 positions only weakens the order within one row, and ties go by value.
+    """
+    parts = []
+    for i, name in enumerate(names):
+        feature, column = source.schema.features[name], source.columns[f"features.{name}"]
+        base = f"(n << 24) | {min(i, 255) << 16}"
+        if feature.kind in ("id", "text"):
+            parts.append(f"SELECT {column} AS value, n, {base} AS first FROM source WHERE {column} IS NOT NULL")
+        else:
+            items = f"SELECT n, {_items(feature, column)} AS kept FROM source WHERE {column} IS NOT NULL"
+            spread = f"SELECT n, unnest(kept) AS value, generate_subscripts(kept, 1) AS position FROM ({items})"
+            parts.append(
+                f"SELECT value, n, {base} | least(position, 65535) AS first FROM ({spread}) WHERE value IS NOT NULL"
+            )
+    return " UNION ALL ".join(parts)
+
+
+def tables_of(schema: Schema) -> dict[str, list[str]]:
+    """Embedding table → the features that bring values into it (not those built from events)."""
+    tables: dict[str, list[str]] = {}
+    for name, feature in schema.select(kinds=("id", "ids")).items():
+        users = tables.setdefault(schema.table_of(name), [])
+        if feature.events is None:
+            users.append(name)
+    return tables
+
+
+def build_vocabularies(source: Source, reuse: str | None, warn: Callable[[str], None]) -> dict[str, int]:
+    """One table `vocabulary:<table>` (value, row) for every dictionary, and their sizes.
+
+    Args:
+        source: the input.
+        reuse: folder of an earlier build's vocabulary; its rows stay as they are, and values it
+            does not know become row 0.
+        warn: told how many values that are.
+
+    Raises:
+        UserError: an `integer` id outside its vocabulary, or a reused file that is missing or odd.
+    """
+    con, schema, sizes = source.con, source.schema, {}
+    for table, names in tables_of(schema).items():
+        vocabulary = schema.features[table].vocabulary
+        if vocabulary.kind == "integer" and names:
+            number = "TRY_CAST(value AS BIGINT)"
+            bad = f"{number} IS NULL OR {number} < 0 OR {number} >= {vocabulary.size}"
+            query = f"SELECT n, value FROM ({_uses(source, names)}) WHERE {bad} ORDER BY first LIMIT 1"
+            first = con.execute(query).fetchone()
+            if first:
+                raise UserError(
+                    f"{source.where(first[0])}: {table!r} is {first[1]!r}, but its integer vocabulary holds "
+                    f"0 .. {vocabulary.size - 1}. Raise its size, or use kind: dictionary."
+                )
+        if vocabulary.kind != "dictionary":
+            continue
+        target = quote(f"vocabulary:{table}")
+        if reuse is not None:
+            sizes[table] = _reuse(source, table, target, Path(reuse) / f"{table}.parquet")
+            unknown = 0
+            if names:
+                strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value)"
+                unknown, distinct, example = con.execute(
+                    f"SELECT count(*), count(DISTINCT value), min(value) FROM {strangers}"
+                ).fetchone()
+            if unknown:
+                warn(
+                    f"vocabulary {table}: {unknown} ids ({distinct} distinct, such as {example!r}) are not in "
+                    f"{reuse} and become row 0 (unknown)."
+                )
+        elif names:
+            _number(con, target, _uses(source, names))
+            sizes[table] = con.execute(f"SELECT count(*) + 1 FROM {target}").fetchone()[0]
+        else:
+            raise UserError(f"table {table!r}: no feature brings values into it, so its vocabulary would be empty.")
+    return sizes
+
+
+def _number(con, target: str, uses: str) -> None:
+    con.execute(
+        f"CREATE TABLE {target} AS SELECT value, row_number() OVER (ORDER BY first, value) AS row "
+        f"FROM (SELECT value, min(first) AS first FROM ({uses}) GROUP BY value)"
+    )
+
+
+def _reuse(source: Source, table: str, target: str, path: Path) -> int:
+    con = source.con
+    if not path.is_file():
+        raise UserError(f"vocabulary of table {table!r} to reuse: no file {path}.")
+    try:
+        con.execute(
+            f"CREATE TABLE {target} AS SELECT value::VARCHAR AS value, row::BIGINT AS row "
+            f"FROM read_parquet({literal(str(path))})"
+        )
+    except duckdb.Error as error:
+        raise UserError(f"{path} is no vocabulary (columns value, row): {str(error).splitlines()[0]}") from None
+    rows, values, distinct, low, high = con.execute(
+        f"SELECT count(*), count(DISTINCT value), count(DISTINCT row), min(row), max(row) FROM {target}"
+    ).fetchone()
+    if rows == 0 or values != rows or distinct != rows or low < 1:
+        raise UserError(f"{path} is no vocabulary: values and rows must be distinct, rows from 1.")
+    given = source.schema.features[table].vocabulary.size
+    return max(high + 1, given)
+
+
+def number_texts(source: Source, with_empty: bool) -> int:
+    """Table `texts_seen` (value, row from 1 in order of appearance) over all text features.
+
+    `with_empty` adds the empty text, which stands for an event's missing text in aligned histories.
+    """
+    schema = source.schema
+    names = [name for name, f in schema.select(kinds=("text", "texts")).items() if f.events is None]
+    if not names:
+        return 0
+    uses = _uses(source, names)
+    if with_empty:
+        uses += f" UNION ALL SELECT '' AS value, {source.rows} AS n, {source.rows << 24} AS first"
+    _number(source.con, TEXTS, uses)
+    return source.con.execute(f"SELECT count(*) FROM {TEXTS}").fetchone()[0]
+
+
+def _hash(value: str) -> str:
+    return f"CAST(md5_number_lower({value}) >> 1 AS BIGINT)"
+
+
+def _split_sql(source: Source, split: Split | None, seed: int) -> str:
+    """SQL over `source s` for the row's position in `SPLITS`."""
+    con = source.con
+    if split is None:
+        return "0"
+    low, high = split.bounds
+    if split.kind == "random":
+        value = "CAST(s.n AS VARCHAR)"
+        if split.by is not None:
+            value = f"coalesce(s.{source.columns['split.by']}, {value})"
+        share = f"CAST(md5_number_lower({value} || ':' || {seed}) >> 11 AS DOUBLE) / 9007199254740992"
+        return f"CASE WHEN {share} < {low!r} THEN 0 WHEN {share} < {high!r} THEN 1 ELSE 2 END"
+    if split.kind == "time":
+        time = source.columns["keys.time"]
+        missing = con.execute(f"SELECT count(*), min(n) FROM source WHERE {time} IS NULL").fetchone()
+        if missing[0]:
+            raise UserError(f"{missing[0]} rows have no time to be split by; the first is {source.where(missing[1])}.")
+        # An ORDER BY with OFFSET sorts on disk; quantile aggregates hold every value in memory.
+        low_time, high_time = (
+            con.execute(
+                f"SELECT {time} FROM source ORDER BY {time} LIMIT 1 OFFSET {max(round(share * source.rows) - 1, 0)}"
+            ).fetchone()[0]
+            for share in (low, high)
+        )
+        return f"CASE WHEN s.{time} <= {low_time} THEN 0 WHEN s.{time} <= {high_time} THEN 1 ELSE 2 END"
+    column = source.columns["split.column"]
+    found = con.execute(
+        f"SELECT {column}, count(*), min(n) FROM source WHERE {column} IS NULL OR {column} NOT IN {SPLITS} "
+        "GROUP BY 1 ORDER BY 3 LIMIT 1"
+    ).fetchone()
+    if found:
+        raise UserError(
+            f"{source.where(found[2])}: column {split.column!r} says {found[0]!r} ({found[1]} rows), "
+            f"a split is one of {', '.join(SPLITS)}."
+        )
+    return f"list_position({list(SPLITS)}, s.{column}) - 1"
+
+
+def _vocabulary_sql(source: Source, table: str) -> Callable[[str], str] | None:
+    """How a value becomes a row without a lookup; None for dictionaries."""
+    vocabulary = source.schema.features[table].vocabulary
+    if vocabulary.kind == "hash":
+        return lambda v: f"CAST(md5_number_lower({v}) % {vocabulary.size} AS BIGINT)"
+    if vocabulary.kind == "integer":
+        return lambda v: f"CAST({v} AS BIGINT)"
+    return None
+
+
+def _list_table(source: Source, name: str, dictionary: str, shift: int) -> str:
+    """A table (n, v) with the feature's lists looked up in a dictionary; its name."""
+    feature, column, target = source.schema.features[name], source.columns[f"features.{name}"], quote(f"list:{name}")
+    kept = f"SELECT n, {_items(feature, column)} AS kept FROM source WHERE len({column}) > 0"
+    spread = f"SELECT n, unnest(kept) AS value, generate_subscripts(kept, 1) AS position FROM ({kept})"
+    source.con.execute(
+        f"CREATE TABLE {target} AS SELECT u.n, list(coalesce(d.row, {shift}) - {shift} ORDER BY u.position) AS v "
+        f"FROM ({spread}) u LEFT JOIN {dictionary} d ON d.value = u.value GROUP BY u.n"
+    )
+    return target
+
+
+def encode(source: Source, split: Split | None, seed: int) -> None:
+    """Create `encoded`: n, split, domain, and per feature, label and key a column ready to write.
+
+    Columns are `f:<feature>` (table rows, row numbers of texts from 0, or floats; none for
+    histories from events), `label:<name>` and `key:<name>`.
+    """
+    con, schema, columns = source.con, source.schema, source.columns
+    selected = ["s.n", f"CAST({_split_sql(source, split, seed)} AS TINYINT) AS split"]
+    domain = columns.get("domains.column")
+    position = f"list_position([{', '.join(map(literal, schema.domains.names))}], s.{domain}) - 1" if domain else "0"
+    selected.append(f"CAST({position} AS INTEGER) AS domain")
+    joins = ""
+    for i, (name, feature) in enumerate(schema.features.items()):
+        if feature.events is not None:
+            continue
+        raw = f"s.{columns[f'features.{name}']}"
+        text = feature.kind in ("text", "texts")
+        direct = None if text or feature.kind == "dense" else _vocabulary_sql(source, schema.table_of(name))
+        dictionary = TEXTS if text else quote(f"vocabulary:{schema.table_of(name)}") if feature.kind != "dense" else ""
+        shift = 1 if text else 0
+        if feature.kind == "dense":
+            value = raw
+        elif feature.kind in ("id", "text"):
+            if direct:
+                value = direct(raw)
+            else:
+                joins += f" LEFT JOIN {dictionary} d{i} ON d{i}.value = {raw}"
+                value = f"CASE WHEN {raw} IS NOT NULL THEN coalesce(d{i}.row, {shift}) - {shift} END"
+        elif direct:
+            value = f"list_transform({_items(feature, raw)}, lambda x: coalesce({direct('x')}, 0))"
+        else:
+            joins += f" LEFT JOIN {_list_table(source, name, dictionary, shift)} l{i} ON l{i}.n = s.n"
+            value = f"CASE WHEN {raw} IS NOT NULL THEN coalesce(l{i}.v, []) END"
+        selected.append(f"{value} AS {quote(f'f:{name}')}")
+    selected += [f"s.{columns[f'labels.{name}']} AS {quote(f'label:{name}')}" for name in schema.labels]
+    for key in ("user", "query", "time"):
+        if getattr(schema.keys, key):
+            raw = f"s.{columns[f'keys.{key}']}"
+            selected.append(f"{raw if key == 'time' else _hash(raw)} AS {quote(f'key:{key}')}")
+    con.execute(f"CREATE TABLE encoded AS SELECT {', '.join(selected)} FROM source s{joins}")
+
+
+def counts(source: Source, split: Split | None) -> Iterator[tuple[int, int, int]]:
+    """(split, domain, rows) in the order in which they are written.
+
+    Raises:
+        UserError: a split that was asked for got no row.
+    """
+    found = source.con.execute("SELECT split, domain, count(*) FROM encoded GROUP BY 1, 2 ORDER BY 1, 2").fetchall()
+    asked = [i for i, weight in enumerate(split.weights) if weight > 0] if split and split.kind != "column" else [0]
+    empty = [SPLITS[i] for i in asked if i not in {s for s, _, _ in found}]
+    if split and empty:
+        raise UserError(
+            f"the split leaves {', '.join(empty)} without rows ({source.rows} rows in all): "
+            "give it more weight, or 0 to leave it out."
+        )
+    yield from found

@@ -1,0 +1,279 @@
+"""What is in a data set: rows, labels, nulls, lengths and the most frequent ids, per domain.
+
+Reads every block once (no checksums: that is `verify`'s) and keeps counts only. Knows no model.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import UserError
+from .blocks import decode_block
+from .index import BlockInfo, Index, ShardInfo, join, read_index
+from .rows import Ragged, Rows
+
+HEADER = 512
+
+
+def read_blocks(root: str, index: Index) -> Iterator[tuple[ShardInfo, BlockInfo, int, bytes]]:
+    """Shard, block, number of its first row, and payload, in the order of the index.
+
+    Raises:
+        UserError: a shard cannot be opened or is shorter than the index says.
+    """
+    first = 0
+    for shard in index.shards:
+        path = join(root, shard.file)
+        try:
+            with fsspec.open(path, "rb") as file:
+                for block in shard.blocks:
+                    file.seek(block.offset)
+                    where = f"{shard.file}, block {block.name}"
+                    yield shard, block, first, payload_of(file.read(block.bytes), block, where)
+                    first += block.rows
+        except FileNotFoundError:
+            raise UserError(f"shard {path} is missing: build the data set again, or copy it completely.") from None
+        except OSError as error:
+            raise UserError(f"cannot read shard {path}: {error}.") from None
+
+
+def payload_of(member: bytes, block: BlockInfo, where: str) -> bytes:
+    """The payload in the tar range of a block.
+
+    Raises:
+        UserError: the range is short, or not the tar member that the index names.
+    """
+    if len(member) != block.bytes:
+        raise UserError(f"{where} is damaged: the shard ends too early. Build or copy it again.")
+    try:
+        header = tarfile.TarInfo.frombuf(member[:HEADER], tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError as error:
+        raise UserError(f"{where} is damaged: no tar header at offset {block.offset} ({error}).") from None
+    if header.name != block.name or not header.isreg() or HEADER + header.size > len(member):
+        raise UserError(f"{where} is damaged: its tar header is that of {header.name!r}, {header.size} bytes.")
+    return member[HEADER : HEADER + header.size]
+
+
+class _Counter:
+    """Counts of integers, merged in bulk; memory is that of the distinct ones."""
+
+    def __init__(self) -> None:
+        self.values = self.counts = np.zeros(0, np.int64)
+        self.pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self.num_pending = 0
+
+    def add(self, values: np.ndarray) -> None:
+        self.pending.append(np.unique(values, return_counts=True))
+        self.num_pending += len(self.pending[-1][0])
+        # Merging only when as much is pending as is held keeps the whole linear.
+        if self.num_pending > max(len(self.values), 100_000):
+            self.merge()
+
+    def merge(self) -> None:
+        values = np.concatenate([self.values, *(v for v, _ in self.pending)]).astype(np.int64)
+        counts = np.concatenate([self.counts, *(c for _, c in self.pending)]).astype(np.int64)
+        self.values, inverse = np.unique(values, return_inverse=True)
+        self.counts = np.bincount(inverse, counts, len(self.values)).astype(np.int64)
+        self.pending, self.num_pending = [], 0
+
+    def top(self, k: int) -> list[tuple[int, int]]:
+        self.merge()
+        order = np.lexsort((self.values, -self.counts))[:k]
+        return [(int(self.values[i]), int(self.counts[i])) for i in order]
+
+
+class _Lengths:
+    """Number, nulls, sum, maximum of list lengths."""
+
+    def __init__(self) -> None:
+        self.rows = self.empty = self.total = self.longest = 0
+
+    def add(self, lengths: np.ndarray) -> None:
+        self.rows += len(lengths)
+        self.empty += int(np.count_nonzero(lengths == 0))
+        self.total += int(lengths.sum())
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
+
+    def summary(self) -> dict[str, Any]:
+        rows = max(self.rows, 1)
+        return {"empty_share": self.empty / rows, "mean": self.total / rows, "max": self.longest}
+
+
+def inspect(root: str, top: int = 5) -> dict[str, Any]:
+    """Statistics of the data set at `root` (folder or fsspec URL), ready for JSON.
+
+    Args:
+        root: where `index.json` lies.
+        top: how many of the most frequent ids of a table to name.
+
+    Returns:
+        `name`, `split`, `rows`, `blocks`, `shards`, `bytes`, `time`, `tokenizer`; `domains` with
+        rows and per label valid, positive (at least half the maximum), missing, `rate` (positive /
+        valid) and mean; `features` with role, kind, table, null share (from the index), lengths
+        over all rows (empty and null are 0) and `tokens` of its texts as used; `tables` with size,
+        distinct ids used and the most frequent ones with their raw values if the vocabulary is there.
+
+    Raises:
+        UserError: no data set there, or a damaged block.
+    """
+    index = read_index(root)
+    schema = index.schema
+    names = schema.domains.names
+    lengths = {name: _Lengths() for name, f in schema.features.items() if f.kind != "dense"}
+    tokens = {name: _Lengths() for name in schema.select(kinds=("text", "texts"))}
+    dense = {name: {"count": 0, "sum": 0.0, "min": np.inf, "max": -np.inf} for name in schema.select(kinds=("dense",))}
+    tables = {name: _Counter() for name in schema.table_sizes()}
+    labels = [{name: {"valid": 0, "positive": 0, "missing": 0, "sum": 0.0} for name in schema.labels} for _ in names]
+    for shard, block, first, payload in read_blocks(root, index):
+        domain = names.index(shard.domain)
+        rows = decode_block(payload, schema, f"{shard.file}, block {block.name}", first, domain, schema.features, True)
+        _count_features(rows, schema, lengths, tokens, dense, tables)
+        for name, values in rows.labels.items():
+            present = values[~np.isnan(values)]
+            counts = labels[domain][name]
+            counts["valid"] += len(present)
+            counts["positive"] += int(np.count_nonzero(present >= schema.labels[name].maximum / 2))
+            counts["missing"] += len(values) - len(present)
+            counts["sum"] += float(present.sum(dtype=np.float64))
+    times = [t for shard in index.shards for block in shard.blocks if block.time for t in block.time]
+    features = {}
+    for name, feature in schema.features.items():
+        features[name] = {
+            "role": feature.role,
+            "kind": feature.kind,
+            "null_share": index.statistics[name].null_share,
+            "unknown": index.statistics[name].unknown,
+        }
+        if name in lengths:
+            features[name]["length"] = lengths[name].summary()
+        if name in tokens:
+            features[name]["tokens"] = tokens[name].summary()
+        if name in dense:
+            d = dense[name]
+            known = d["count"] > 0
+            features[name]["values"] = {
+                "mean": d["sum"] / d["count"] if known else None,
+                "min": d["min"] if known else None,
+                "max": d["max"] if known else None,
+            }
+        if feature.kind in ("id", "ids"):
+            features[name]["table"] = schema.table_of(name)
+    return {
+        "name": index.name,
+        "split": index.split,
+        "rows": index.rows,
+        "blocks": sum(len(shard.blocks) for shard in index.shards),
+        "shards": len(index.shards),
+        "bytes": sum(shard.bytes for shard in index.shards),
+        "time": [min(times), max(times)] if times else None,
+        "tokenizer": index.tokenizer.name if index.tokenizer else None,
+        "domains": {
+            name: {"rows": index.rows_of(name), "labels": {k: _rates(v) for k, v in labels[i].items()}}
+            for i, name in enumerate(names)
+        },
+        "features": features,
+        "tables": {name: _table(root, index, name, counter, top) for name, counter in tables.items()},
+    }
+
+
+def _count_features(rows: Rows, schema, lengths, tokens, dense, tables) -> None:
+    for name, ids in rows.ids.items():
+        lengths[name].add(ids.lengths)
+        tables[schema.table_of(name)].add(ids.values)
+    for name, texts in rows.texts.items():
+        lengths[name].add(texts.lengths)
+        tokens[name].add(_token_lengths(rows.tokens, texts))
+    for name, values in rows.dense.items():
+        known = values[~np.isnan(values)].astype(np.float64)
+        if len(known):
+            d = dense[name]
+            d["count"] += len(known)
+            d["sum"] += float(known.sum())
+            d["min"], d["max"] = min(d["min"], float(known.min())), max(d["max"], float(known.max()))
+
+
+def _token_lengths(tokens: Ragged, texts: Ragged) -> np.ndarray:
+    return tokens.lengths[texts.values]
+
+
+def _rates(counts: dict[str, float]) -> dict[str, Any]:
+    valid = counts["valid"]
+    return {
+        "valid": valid,
+        "positive": counts["positive"],
+        "missing": counts["missing"],
+        "rate": counts["positive"] / valid if valid else None,
+        "mean": counts["sum"] / valid if valid else None,
+    }
+
+
+def _table(root: str, index: Index, table: str, counter: _Counter, top: int) -> dict[str, Any]:
+    frequent = counter.top(top)
+    kind = index.schema.features[table].vocabulary.kind
+    raw = _raw_values(root, table, [row for row, _ in frequent]) if kind == "dictionary" else {}
+    return {
+        "vocabulary": kind,
+        "size": index.schema.table_sizes()[table],
+        "used": len(counter.values),
+        "top": [{"row": row, "count": count, "value": raw.get(row)} for row, count in frequent],
+    }
+
+
+def _raw_values(root: str, table: str, rows: list[int]) -> dict[int, str]:
+    """Raw values of table rows from the vocabulary in the data set's folder or its parent's."""
+    for folder in (root, root.rstrip("/").rpartition("/")[0]):
+        if not folder and not root.startswith("/"):
+            folder = "."
+        path = join(folder, f"vocabulary/{table}.parquet")
+        try:
+            with fsspec.open(path, "rb") as file:
+                found = pq.read_table(file, filters=[("row", "in", rows or [-1])])
+            return dict(zip(found["row"].to_pylist(), found["value"].to_pylist(), strict=True))
+        except (OSError, ValueError, KeyError):
+            continue
+    return {}
+
+
+def print_inspection(inspection: dict[str, Any], console: Console | None = None) -> None:
+    """Show what `inspect` returned as tables."""
+    console = console or Console()
+    span = inspection["time"]
+    console.print(
+        f"[bold]{escape(inspection['name'])}[/] ({inspection['split']}): {inspection['rows']:,} rows in "
+        f"{inspection['blocks']:,} blocks, {inspection['shards']} shards, {inspection['bytes'] / 2**20:,.1f} MiB"
+        + (f", time {span[0]} .. {span[1]}" if span else "")
+        + (f", tokenizer {inspection['tokenizer']}" if inspection["tokenizer"] else "")
+    )
+    domains = Table("domain", "rows", "label", "valid", "missing", "positive", "rate", "mean", title="Domains")
+    for name, domain in inspection["domains"].items():
+        head = (escape(name), f"{domain['rows']:,}")
+        for label, counts in domain["labels"].items():
+            rates = (_number(counts["rate"]), _number(counts["mean"]))
+            domains.add_row(*head, label, *(f"{counts[k]:,}" for k in ("valid", "missing", "positive")), *rates)
+            head = ("", "")
+    console.print(domains)
+    features = Table("feature", "role", "kind", "null", "mean length", "max", "tokens mean", "max", title="Features")
+    for name, feature in inspection["features"].items():
+        length, tokens = feature.get("length", {}), feature.get("tokens", {})
+        numbers = (length.get("mean"), length.get("max"), tokens.get("mean"), tokens.get("max"))
+        features.add_row(name, feature["role"], feature["kind"], f"{feature['null_share']:.2%}", *map(_number, numbers))
+    console.print(features)
+    tables = Table("table", "vocabulary", "size", "used", "most frequent (times)", title="Embedding tables")
+    for name, table in inspection["tables"].items():
+        shown = [(f"#{t['row']}" if t["value"] is None else escape(t["value"]), t["count"]) for t in table["top"]]
+        frequent = ", ".join(f"{value} ({count:,})" for value, count in shown)
+        tables.add_row(name, table["vocabulary"], f"{table['size']:,}", f"{table['used']:,}", frequent)
+    console.print(tables)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

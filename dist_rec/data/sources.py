@@ -1,0 +1,387 @@
+"""Raw files → one DuckDB table `source` whose columns have the type that their use needs.
+
+Reads globs of Parquet, CSV, TSV and JSON lines, checks that every column the schema asks for is
+there, casts it, and joins side tables. Knows what a column is *used* for (a string, a list, a
+number, ...), not what becomes of it: vocabularies, splits and histories are `ingest`'s.
+
+CSV and JSON columns are read untyped and cast explicitly, so a value that shows up after the
+sniffer's sample cannot change a column's type, and "007" stays "007".
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import duckdb
+import pyarrow as pa
+
+from ..errors import UserError, nearest
+from ..schema import Schema
+
+Use = Literal["string", "list", "vector", "number", "time"]
+SQL_TYPE = {"string": "VARCHAR", "list": "VARCHAR[]", "vector": "FLOAT[]", "number": "DOUBLE", "time": "BIGINT"}
+FILE = "__file__"
+_MARK = re.compile(r"<<dist_rec (.*?)>>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Join:
+    """A side table: its columns are looked up by the value of `key`, a column of both tables.
+
+    A row whose key the side table lacks gets nulls; a key that the side table has twice is an error.
+    """
+
+    path: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Need:
+    """A raw column and what it is used for; `separator` splits strings into lists."""
+
+    column: str
+    use: Use
+    separator: str | None = None
+
+
+@dataclass
+class Relation:
+    """Files of one format, as something that can stand after FROM."""
+
+    pattern: str
+    sql: str
+    types: dict[str, str]
+
+
+@dataclass
+class Source:
+    """The table `source`: `n` numbers its rows in input order from 0, `__file__` names the file.
+
+    Attributes:
+        con: the connection that holds it.
+        schema: what it was read for.
+        columns: place in the schema (`features.title`, `keys.time`, ...) → column of the table.
+        rows: its number of rows.
+    """
+
+    con: duckdb.DuckDBPyConnection
+    schema: Schema
+    columns: dict[str, str] = field(default_factory=dict)
+    rows: int = 0
+
+    def where(self, n: int) -> str:
+        """File and row (from 1, headers not counted) of row `n`, for messages."""
+        file, first = self.con.execute(
+            f"SELECT {FILE}, (SELECT min(n) FROM source b WHERE b.{FILE} = a.{FILE}) FROM source a WHERE n = {n}"
+        ).fetchone()
+        return f"{file}, row {n - first + 1}"
+
+
+def quote(name: str) -> str:
+    """A SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A SQL string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def stream(con: duckdb.DuckDBPyConnection, query: str, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """A query's rows as Arrow batches, drawn as they are needed; nothing is collected first."""
+    cursor = con.cursor()
+    try:
+        # `execute` would keep a copy of the whole result; a relation is streamed.
+        yield from cursor.sql(query).to_arrow_reader(batch_rows)
+    finally:
+        cursor.close()
+
+
+def needs_of(schema: Schema, split_columns: dict[str, str]) -> dict[str, Need]:
+    """Place in the schema → the raw column it needs. `split_columns` adds places of the split."""
+    needs = {"domains.column": Need(schema.domains.column, "string")}
+    use: dict[str, Use] = {"id": "string", "text": "string", "ids": "list", "texts": "list", "dense": "vector"}
+    for name, feature in schema.features.items():
+        if feature.events is None:
+            needs[f"features.{name}"] = Need(feature.column or name, use[feature.kind], feature.separator)
+    for name, label in schema.labels.items():
+        needs[f"labels.{name}"] = Need(label.column or name, "number")
+    for key in ("user", "query", "time"):
+        column = getattr(schema.keys, key)
+        if column:
+            needs[f"keys.{key}"] = Need(column, "time" if key == "time" else "string")
+    for place, column in split_columns.items():
+        needs[place] = Need(column, "string")
+    return needs
+
+
+def load(
+    con: duckdb.DuckDBPyConnection,
+    schema: Schema,
+    sources: list[str],
+    joins: tuple[Join, ...],
+    split_columns: dict[str, str],
+) -> Source:
+    """Read, cast and join everything that the schema needs into the table `source`.
+
+    Raises:
+        UserError: no such files, an unreadable file, missing or ambiguous columns (all at once),
+            a value that cannot be cast, a key that a side table has twice, or no rows at all.
+    """
+    if not sources:
+        raise UserError("no sources: name at least one file or glob.")
+    mains = [relation for pattern in sources for relation in relations(con, pattern)]
+    sides = [(join, list(relations(con, join.path))) for join in joins]
+    needs = needs_of(schema, split_columns)
+    main_columns = {c for relation in mains for c in relation.types}
+    if len(schema.domains.names) == 1 and not any(
+        schema.domains.column in columns
+        for columns in [main_columns, *({c for r in parts for c in r.types} for _, parts in sides)]
+    ):
+        # One domain needs no column that says so.
+        del needs["domains.column"]
+    homes = _homes(needs, mains, main_columns, sides)
+    names = {need: f"c{i}" for i, need in enumerate(dict.fromkeys(needs.values()))}
+    keys = {i: Need(join.key, "string") for i, join in enumerate(joins)}
+    in_main = [need for need in names if homes[need] is None]
+    in_main += [need for need in dict.fromkeys(keys.values()) if need not in in_main]
+    key_names = {need: names.get(need, f"j{i}") for i, need in keys.items()}
+    _store(con, "main_rows", mains, [(need, names.get(need) or key_names[need]) for need in in_main])
+    selected, joined = [f"m.rowid AS n, m.{FILE}"], ""
+    selected += [f"m.{names[need]}" for need in in_main if need in names]
+    for i, (join, parts) in enumerate(sides):
+        held = [need for need in names if homes[need] == i]
+        _store(con, f"side{i}", parts, [(keys[i], "k"), *((need, names[need]) for need in held)])
+        twice = con.execute(
+            f"SELECT k, count(*) AS c FROM side{i} WHERE k IS NOT NULL GROUP BY k HAVING c > 1 "
+            "ORDER BY c DESC, k LIMIT 1"
+        ).fetchone()
+        if twice:
+            raise UserError(
+                f"{join.path}: {join.key} {twice[0]!r} stands in {twice[1]} rows, so joining by it is ambiguous. "
+                "Keep one row a key."
+            )
+        selected += [f"s{i}.{names[need]}" for need in held]
+        joined += f" LEFT JOIN side{i} s{i} ON s{i}.k = m.{key_names[keys[i]]}"
+    kind = "TABLE" if sides else "VIEW"
+    con.execute(f"CREATE {kind} source AS SELECT {', '.join(selected)} FROM main_rows m{joined}")
+    rows = con.execute("SELECT count(*) FROM source").fetchone()[0]
+    if rows == 0:
+        raise UserError(f"the input has no rows: {', '.join(sources)}.")
+    return Source(con, schema, {place: names[need] for place, need in needs.items()}, rows)
+
+
+def _homes(needs, mains, main_columns, sides) -> dict[Need, int | None]:
+    """Where each need is found: None for the main sources, else the number of the join."""
+    faults, homes = [], {}
+    side_columns = [{c for r in parts for c in r.types} for _, parts in sides]
+    known = main_columns.union(*side_columns)
+    for i, (join, _) in enumerate(sides):
+        if join.key not in main_columns:
+            faults.append(f"join {join.path}: the sources lack column {join.key!r}.{nearest(join.key, main_columns)}")
+        if join.key not in side_columns[i]:
+            faults.append(f"join {join.path}: it lacks column {join.key!r}.{nearest(join.key, side_columns[i])}")
+    join_keys = {join.key for join, _ in sides}
+    for place, need in needs.items():
+        found: list[int | None] = [None] if need.column in main_columns else []
+        if need.column not in join_keys or not found:
+            found += [i for i, columns in enumerate(side_columns) if need.column in columns]
+        if not found:
+            faults.append(f"{place}: no column {need.column!r}.{nearest(need.column, known)}")
+        elif len(found) > 1:
+            inputs = ", ".join("the sources" if i is None else sides[i][0].path for i in found)
+            faults.append(f"{place}: column {need.column!r} is in several inputs ({inputs}): rename one")
+        else:
+            homes[need] = found[0]
+            for relation in mains if found[0] is None else sides[found[0]][1]:
+                kind = relation.types.get(need.column, "VARCHAR")
+                if need.use in ("string", "number", "time") and re.search(r"[\]\)]$", kind) and "DECIMAL" not in kind:
+                    where = f"column {need.column!r} of {relation.pattern}"
+                    faults.append(f"{place}: {where} holds {kind}, one value is needed")
+    if faults:
+        tables = ", ".join(sorted(main_columns))
+        raise UserError(
+            "the input lacks what the schema asks for:\n"
+            + "\n".join(f"  - {f}" for f in faults)
+            + f"\nThe sources have: {tables}."
+        )
+    return homes
+
+
+def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation]:
+    """The files of a glob, in sorted order, grouped by format."""
+    if "://" in pattern:
+        raise UserError(f"{pattern}: raw tables are read from local files; copy them here first.")
+    files = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if Path(pattern).is_file() else [])
+    files = [file for file in files if Path(file).is_file()]
+    if not files:
+        raise UserError(f"no file matches {pattern}.")
+    runs: list[tuple[str, list[str]]] = []
+    for file in files:
+        reader = _reader(file)
+        if runs and runs[-1][0] == reader:
+            runs[-1][1].append(file)
+        else:
+            runs.append((reader, [file]))
+    for reader, group in runs:
+        listed = ", ".join(literal(file) for file in group)
+        sql = reader.format(files=listed)
+        try:
+            described = con.execute(f"DESCRIBE SELECT * FROM {sql}").fetchall()
+        except duckdb.Error as error:
+            raise _read_error(error, pattern) from None
+        yield Relation(pattern, sql, {name: kind for name, kind, *_ in described if name != FILE})
+
+
+def _reader(file: str) -> str:
+    name = re.sub(r"\.(gz|zst)$", "", file.lower())
+    suffix = Path(name).suffix
+    common = f"union_by_name=true, filename='{FILE}'"
+    csv = f"header=true, all_varchar=true, comment='', escape='\"', {common}"
+    if suffix in (".parquet", ".pq"):
+        return f"read_parquet([{{files}}], binary_as_string=true, {common})"
+    if suffix == ".csv":
+        return f"read_csv([{{files}}], delim=',', quote='\"', {csv})"
+    if suffix == ".tsv":
+        return f"read_csv([{{files}}], delim='\t', quote='\"', {csv})"
+    if suffix in (".inter", ".item", ".user"):
+        # RecBole's atomic files never quote: a title may begin with a quotation mark.
+        return f"read_csv([{{files}}], delim='\t', quote='', {csv.replace(chr(34), '')})"
+    if suffix in (".jsonl", ".ndjson"):
+        return f"read_json([{{files}}], format='newline_delimited', maximum_depth=1, {common})"
+    raise UserError(
+        f"{file}: cannot tell its format. Known endings: .parquet, .csv, .tsv, .jsonl (also .gz), "
+        "and RecBole's .inter, .item, .user."
+    )
+
+
+def _read_error(error: duckdb.Error, pattern: str) -> UserError:
+    ours = _MARK.search(str(error))
+    if ours:
+        return UserError(ours.group(1))
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return UserError(f"reading {pattern} needs more memory than memory_limit allows: raise it. {_first(error)}")
+    return UserError(f"cannot read {pattern}: {_first(error)} The file is damaged or not what its ending says.")
+
+
+def _first(error: duckdb.Error) -> str:
+    """The part of a DuckDB message that concerns the data, not the SQL."""
+    text = str(error).split("\n\nLINE ")[0].strip()
+    return " ".join(text.splitlines()[:3])
+
+
+def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str]]) -> None:
+    """CREATE TABLE with the cast columns; parts are inserted one after another to keep their order."""
+    declared = ", ".join(f"{name} {SQL_TYPE[need.use]}" for need, name in columns)
+    con.execute(f"CREATE TABLE {table} ({declared + ', ' if declared else ''}{FILE} VARCHAR)")
+    for part in parts:
+        casts = [
+            cast_sql(need, part.types[need.column]) if need.column in part.types else f"NULL::{SQL_TYPE[need.use]}"
+            for need, _ in columns
+        ]
+        try:
+            con.execute(f"INSERT INTO {table} SELECT {', '.join([*casts, FILE])} FROM {part.sql}")
+        except duckdb.Error as error:
+            raise _read_error(error, part.pattern) from None
+
+
+def cast_sql(need: Need, kind: str) -> str:
+    """SQL that turns the raw column, of DuckDB type `kind`, into what its use needs."""
+    column = quote(need.column)
+    if need.use == "string":
+        return _string(column, kind)
+    if need.use == "list":
+        return _list(need, column, kind)
+    if need.use == "vector":
+        return _vector(need, column, kind)
+    text = f"nullif(trim({column} ->> '$'), '')" if kind == "JSON" else f"nullif(trim({column}), '')"
+    untyped = kind in ("JSON", "VARCHAR") or kind.startswith("ENUM")
+    if need.use == "number":
+        if not untyped:
+            value = f"CAST({column} AS DOUBLE)"
+            return f"CASE WHEN NOT isnan({value}) THEN {value} END"
+        value = f"coalesce(TRY_CAST({text} AS DOUBLE), TRY_CAST(TRY_CAST({text} AS BOOLEAN) AS DOUBLE))"
+        return (
+            f"CASE WHEN {text} IS NULL OR isnan({value}) THEN NULL WHEN {value} IS NULL "
+            f"THEN {_complain(need, text, 'is no number')} ELSE {value} END"
+        )
+    if not untyped:
+        if kind.startswith(("TIMESTAMP", "DATE")):
+            return f"CAST(floor(epoch({column})) AS BIGINT)"
+        value = f"CAST({column} AS DOUBLE)"
+        return f"CASE WHEN NOT isnan({value}) THEN CAST(floor({value}) AS BIGINT) END"
+    seconds = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMPTZ)))"
+    return (
+        f"CASE WHEN {text} IS NULL OR isnan({seconds}) THEN NULL WHEN {seconds} IS NULL "
+        f"THEN {_complain(need, text, 'is neither seconds nor a date')} ELSE CAST(floor({seconds}) AS BIGINT) END"
+    )
+
+
+def _complain(need: Need, text: str, fault: str, tail: str = "") -> str:
+    """SQL that stops the query with a message of ours."""
+    start, end = literal(f"<<dist_rec column {need.column}: "), literal(f" {fault}.{tail}>>")
+    return f"error({start} || '''' || left({text}, 80) || '''' || ' in ' || {FILE} || {end})"
+
+
+def _string(column: str, kind: str) -> str:
+    if kind == "JSON":
+        return f"nullif({column} ->> '$', '')"
+    if kind == "VARCHAR":
+        return f"nullif({column}, '')"
+    if kind in ("DOUBLE", "FLOAT"):
+        # pandas turns integers with nulls into floats; 7.0 must be the id "7" of the other file.
+        whole = f"{column} = floor({column}) AND abs({column}) < 9007199254740992"
+        return (
+            f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN CAST(CAST({column} AS BIGINT) AS VARCHAR) "
+            f"ELSE CAST({column} AS VARCHAR) END"
+        )
+    return f"CAST({column} AS VARCHAR)"
+
+
+def _list(need: Need, column: str, kind: str) -> str:
+    element = re.fullmatch(r"(.*)\[\d*\]", kind)
+    if element:
+        return f"list_transform(CAST({column} AS {element.group(1)}[]), lambda x: {_string('x', element.group(1))})"
+    text = f"({column} ->> '$')" if kind == "JSON" else f"nullif(CAST({column} AS VARCHAR), '')"
+    as_json = column if kind == "JSON" else f"CAST({text} AS JSON)"
+    is_list = f"json_type({column}) = 'ARRAY'"
+    if kind != "JSON":
+        is_list = f"(json_valid({text}) AND json_type({text}) = 'ARRAY')"
+    parsed = f"list_transform(CAST({as_json} AS VARCHAR[]), lambda x: nullif(x, ''))"
+    if need.separator is not None:
+        pieces = f"list_transform(string_split({text}, {literal(need.separator)}), lambda x: nullif(trim(x), ''))"
+        pieces = f"list_filter({pieces}, lambda x: x IS NOT NULL)"
+        if kind != "JSON":
+            return pieces
+        return f"CASE WHEN {is_list} THEN {parsed} ELSE {pieces} END"
+    hint = " Write JSON lists, or give the feature a separator."
+    return (
+        f"CASE WHEN {text} IS NULL THEN NULL WHEN {is_list} THEN {parsed} "
+        f"ELSE {_complain(need, text, 'is no list', hint)} END"
+    )
+
+
+def _vector(need: Need, column: str, kind: str) -> str:
+    full = "list_transform({}, lambda x: coalesce(x, CAST('nan' AS FLOAT)))"
+    if re.fullmatch(r".*\[\d*\]", kind):
+        return full.format(f"CAST({column} AS FLOAT[])")
+    if kind not in ("JSON", "VARCHAR"):
+        number = f"CAST({column} AS FLOAT)"
+        return f"CASE WHEN {number} IS NOT NULL AND NOT isnan({number}) THEN [{number}] END"
+    text = f"nullif(trim({column} ->> '$'), '')" if kind == "JSON" else f"nullif(trim({column}), '')"
+    number = f"TRY_CAST({text} AS FLOAT)"
+    many = (
+        f"TRY_CAST(list_filter(string_split({text}, {literal(need.separator)}), lambda x: trim(x) <> '') AS FLOAT[])"
+        if need.separator is not None
+        else f"CASE WHEN json_valid({text}) THEN TRY_CAST(CAST({text} AS JSON) AS FLOAT[]) END"
+    )
+    return (
+        f"CASE WHEN {text} IS NULL OR isnan({number}) THEN NULL WHEN {number} IS NOT NULL THEN [{number}] "
+        f"WHEN ({many}) IS NULL THEN {_complain(need, text, 'is neither a number nor a list of numbers')} "
+        f"ELSE {full.format(f'({many})')} END"
+    )

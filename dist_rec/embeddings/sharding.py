@@ -1,0 +1,63 @@
+"""Sharded tables: `DistributedModelParallel` over a plan, with the optimizer inside backward."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from ..config import TablesConfig
+from .planner import sharders
+from .tables import EmbeddingTables, TableSpec, initial_rows
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
+
+
+def optimizer_arguments(config: TablesConfig) -> dict[str, float]:
+    """Keyword arguments of the tables' optimizer class."""
+    arguments = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer != "sgd":
+        arguments["eps"] = config.eps
+    return arguments
+
+
+def attach_optimizer(tables: nn.Module, config: TablesConfig) -> None:
+    """Name the optimizer that steps inside backward. Comes before planning, which counts its state."""
+    apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), optimizer_arguments(config))
+
+
+def shard(
+    tables: EmbeddingTables,
+    specs: list[TableSpec],
+    plan: ShardingPlan,
+    config: TablesConfig,
+    device: torch.device,
+    seed: int,
+) -> DistributedModelParallel:
+    """Place `tables` (meta device) as planned and fill them with their layout-free start."""
+    sharded = DistributedModelParallel(
+        module=tables,
+        env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
+        device=device,
+        plan=plan,
+        sharders=sharders(),
+        init_data_parallel=False,
+    )
+    by_name = {spec.name: spec for spec in specs}
+    with torch.no_grad():
+        for name, parameter in table_weights(sharded).items():
+            spec = by_name[name]
+            for local in parameter.local_shards():
+                (row, column), (rows, columns) = local.metadata.shard_offsets, local.metadata.shard_sizes
+                fresh = initial_rows(spec, config, seed, row, row + rows)
+                local.tensor.copy_(fresh[:, column : column + columns])
+    return sharded
+
+
+def table_weights(sharded: DistributedModelParallel) -> dict[str, ShardedTensor]:
+    """Every table's weight by table name."""
+    return {key.split(".")[-2]: tensor for key, tensor in sharded.state_dict().items()}

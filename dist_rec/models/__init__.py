@@ -1,0 +1,1 @@
+"""Models: plain modules that take looked-up embeddings and a `Batch` and return losses and logits."""

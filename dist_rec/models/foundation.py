@@ -1,0 +1,279 @@
+"""The multi-domain search and recommendation foundation model (Gong et al., CIKM'23).
+
+    x      = E(U) (+) E(Q) (+) E(I)   (+) E(U)*E(I) (+) E(Q)*E(I) with `products` (ours)
+    x_hat  = W_k (x (+) E_Dk) + b_k
+    logits = towers_k(gates_k(experts(x_hat)))
+    L      = sum_t weight_t L_t + weight * L_reg(x_hat)
+
+It takes looked-up embeddings and a `Batch` and knows neither tables, engines nor process groups:
+what must be summed over ranks goes through the `Reduction` it is given. Every submodule is called in
+every step, whatever the batch lacks, and no parameter is used outside its module, so the model
+runs under any ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import ModelConfig, TaskConfig, check_names
+from ..data.batch import Batch
+from ..errors import UserError
+from ..layers.adaptation import DomainAdaptation
+from ..layers.divergence import js_divergence, mmd
+from ..layers.encoders import EntityEncoder, UserEncoder
+from ..layers.experts import ExpertBody
+from ..layers.features import Columns, event_texts, id_lengths, row_texts
+from ..layers.moves import place, take
+from ..layers.per_domain import sort_by_domain
+from ..layers.reduction import Reduction, full_precision, masked_means
+from ..layers.sequence import HistoryEncoder
+from ..schema import Feature, Schema
+
+REGULARISER, TOTAL = "regulariser", "loss"
+
+
+class FoundationModel(nn.Module):
+    """Encoders, gates, domain adaptation, experts, heads and losses.
+
+    Args:
+        schema: the data set's.
+        config: `model` of the config. `tasks` empty makes a head of every label.
+        table_dims: embedding width by *table* name.
+        text_width: D, width of a text vector; 0 leaves texts out.
+        text_encoder: `(tokens [T, L], mask [T, L]) -> [T, D]`, co-trained; None reads
+            `batch.text_vectors`.
+        features: names of the features to use, of any role and kind.
+        reduction: sums over ranks.
+
+    Raises:
+        UserError: a task names no label, or is called like an entry of the returned losses.
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        config: ModelConfig,
+        table_dims: dict[str, int],
+        text_width: int,
+        text_encoder: nn.Module | None,
+        features: Sequence[str],
+        reduction: Reduction,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.reduction = reduction
+        self.num_domains = num_domains = len(schema.domains.names)
+        self.tasks = _tasks(schema, config)
+        self.maxima = {task: schema.labels[spec.label].maximum for task, spec in self.tasks.items()}
+        used = {name: schema.features[name] for name in schema.features if name in set(features)}
+        dims = {n: table_dims[schema.table_of(n)] for n, f in used.items() if f.kind in ("id", "ids")}
+        width = config.width
+
+        def of(role: str, *kinds: str) -> dict[str, Feature]:
+            return {n: f for n, f in used.items() if f.role == role and f.kind in kinds}
+
+        def columns(role: str, without: Sequence[str] = ()) -> Columns:
+            ids = {n: dims[n] for n in of(role, "id", "ids") if n not in without}
+            return Columns(ids, {n: f.width for n, f in of(role, "dense").items()})
+
+        texts = {role: list(of(role, "text")) if text_width else [] for role in ("user", "query", "item")}
+        with_texts = bool(text_width) and config.history.use_text
+        groups = _history_groups(of("history", "ids"), of("history", "texts") if with_texts else {})
+        self.histories = groups if config.history.kind != "none" else []
+        self.user_texts = texts["user"]
+        self.has_text = any(texts.values()) or any(text for _, text in self.histories)
+        self.text_encoder = text_encoder if self.has_text else None
+        if self.has_text:
+            self.text_projection = nn.Linear(text_width, width)
+
+        self.profile = columns("user")
+        self.history_encoders = nn.ModuleList(
+            [HistoryEncoder(config.history, width, [dims[n] for n in ids], bool(text)) for ids, text in self.histories]
+        )
+        profile_width = self.profile.width + width * len(self.user_texts)
+        self.user = UserEncoder(profile_width, width * len(self.histories), width)
+
+        self.aspects: dict[str, tuple[str | None, str | None, Columns]] = {}
+        entities = {}
+        for role in ("query", "item"):
+            identity = next((n for n, f in of(role, "id").items() if f.aspect == "id"), None)
+            text = texts[role][0] if texts[role] else None
+            sparse = columns(role, without=[identity] if identity else [])
+            self.aspects[role] = (identity, text, sparse)
+            id_dim = dims[identity] if identity else 0
+            entities[role] = EntityEncoder(
+                config.gating, width, num_domains, id_dim, text is not None, sparse.width, config.dropout
+            )
+        self.entities = nn.ModuleDict(entities)
+
+        self.uses_domains = config.gating == "domain" or config.adaptation.enabled
+        if self.uses_domains:
+            # E_D: one table, key of the domain gate and input of the adaptation.
+            self.domains = nn.Embedding(num_domains, width)
+            nn.init.normal_(self.domains.weight, std=width**-0.5)
+        inputs = width * (5 if config.products else 3)
+        self.dropout = nn.Dropout(config.dropout)
+        if config.adaptation.enabled:
+            self.adaptation = DomainAdaptation(num_domains, inputs, width, config.adaptation.width)
+            inputs = self.adaptation.outputs
+        self.body = ExpertBody(config.body, inputs, num_domains, len(self.tasks))
+
+    def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
+        """One step's predictions and losses.
+
+        Args:
+            embeddings: by feature: pooled `[B, dim]`, zeros where null, of the user's, query's and
+                item's `id` and `ids` features; `[N, dim]`, all events in row order, of histories.
+            batch: B rows, masked ones included.
+
+        Returns:
+            `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
+            `losses`: detached scalars of the global batch, equal on all ranks: one for each task,
+            `regulariser` if there is one, and `loss`, their weighted sum.
+            `logits`: `[B]` by task, at least float32; anything on masked rows.
+        """
+        x, domains = self._encode(embeddings, batch)
+        order, sizes = sort_by_domain(batch.domain, self.num_domains)
+        x = take(self.dropout(x), order)
+        if self.config.adaptation.enabled:
+            x = self.adaptation(x, domains, sizes)
+        regulariser = self._regulariser(x, batch, order)
+        logits = full_precision(place(self.body(x, sizes), order, len(batch)))
+        loss, losses = self._losses(logits, batch, regulariser)
+        return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
+
+    def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """x `[B, 3H or 5H]` and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
+        dtype, device = self.body.towers.layers[0].weight.dtype, batch.domain.device
+        lengths = id_lengths(batch)
+        texts = self._texts(batch, dtype)
+        domain = F.one_hot(batch.domain, self.num_domains).to(dtype)
+        if self.uses_domains:
+            domains = self.domains(torch.arange(self.num_domains, device=device))
+        else:
+            domains = domain.new_zeros(self.num_domains, 0)
+        keys = domain @ domains
+
+        profile, _ = self.profile.read(embeddings, lengths, batch, dtype)
+        used = [row_texts(texts, batch.text_index[n], batch.text_lengths[n]) for n in self.user_texts]
+        user = self.user(torch.cat([profile, *used], 1), self._histories(embeddings, lengths, texts, batch, profile))
+        query = self._entity("query", embeddings, lengths, texts, batch, domain, keys)
+        item = self._entity("item", embeddings, lengths, texts, batch, domain, keys)
+        parts = [user, query, item]
+        if self.config.products:
+            parts += [user * item, query * item]
+        return torch.cat(parts, 1), domains
+
+    def _texts(self, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+        """E_lm of the T distinct texts, `[T, H]`: one W_lm for query, item, user and history."""
+        if not self.has_text:
+            return None
+        vectors = batch.text_vectors
+        if self.text_encoder is not None:
+            vectors = self.text_encoder(batch.text_tokens, batch.text_mask)
+        return self.text_projection(vectors.to(dtype))
+
+    def _histories(
+        self,
+        embeddings: dict[str, Tensor],
+        lengths: dict[str, Tensor],
+        texts: Tensor | None,
+        batch: Batch,
+        like: Tensor,
+    ) -> Tensor:
+        """The histories' vectors side by side, `[B, G * H]`."""
+        parts = [like.new_zeros(len(batch), 0)]
+        for (ids, text), encoder in zip(self.histories, self.history_encoders, strict=True):
+            values, counts = [embeddings[n].to(like.dtype) for n in ids], [lengths[n] for n in ids]
+            if text:
+                values.append(event_texts(texts, batch.text_index[text]))
+                counts.append(batch.text_lengths[text])
+            parts.append(encoder(values, counts))
+        return torch.cat(parts, 1)
+
+    def _entity(
+        self,
+        role: str,
+        embeddings: dict[str, Tensor],
+        lengths: dict[str, Tensor],
+        texts: Tensor | None,
+        batch: Batch,
+        domain: Tensor,
+        keys: Tensor,
+    ) -> Tensor:
+        """E(Q) or E(I), `[B, H]`."""
+        identity, text, sparse = self.aspects[role]
+        inputs, present = {}, {}
+        if identity:
+            inputs["id"], present["id"] = embeddings[identity].to(domain.dtype), lengths[identity] > 0
+        if text:
+            inputs["text"] = row_texts(texts, batch.text_index[text], batch.text_lengths[text])
+            present["text"] = batch.text_lengths[text] > 0
+        if sparse.width:
+            inputs["sparse"], present["sparse"] = sparse.read(embeddings, lengths, batch, domain.dtype)
+        return self.entities[role](inputs, present, domain, keys)
+
+    def _regulariser(self, x: Tensor, batch: Batch, order: Tensor) -> Tensor | None:
+        spec = self.config.regulariser
+        if spec.kind == "none":
+            return None
+        domain, valid = batch.domain[order], batch.valid[order]
+        if spec.kind == "js":
+            return js_divergence(x, domain, valid, self.num_domains, self.reduction)
+        row = batch.row[order]
+        return mmd(x, domain, valid, row, self.num_domains, spec.samples, spec.kernels, self.reduction)
+
+    def _losses(self, logits: Tensor, batch: Batch, regulariser: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss and what to report.
+
+        Targets are label / maximum: a graded label is a soft target.
+        """
+        specs = list(self.tasks.values())
+        targets = torch.stack([batch.labels[s.label] / self.maxima[t] for t, s in self.tasks.items()], 1)
+        valid = torch.stack([batch.label_valid[s.label] for s in specs], 1) & batch.valid[:, None]
+        terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        local, means = masked_means(terms, valid, self.reduction)
+        loss = sum(s.weight * term for s, term in zip(specs, local.unbind(0), strict=True))
+        total = sum(s.weight * mean for s, mean in zip(specs, means.unbind(0), strict=True))
+        losses = dict(zip(self.tasks, means.unbind(0), strict=True))
+        if regulariser is not None:
+            weight = self.config.regulariser.weight
+            loss, total = loss + weight * regulariser, total + weight * regulariser.detach()
+            losses[REGULARISER] = regulariser.detach()
+        return loss, {**losses, TOTAL: total}
+
+
+def _tasks(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
+    tasks = config.tasks or {label: TaskConfig(label=label) for label in schema.labels}
+    faults = []
+    for name, spec in tasks.items():
+        faults += check_names(list(schema.labels), [spec.label], f"model.tasks.{name}.label")
+        if name in (REGULARISER, TOTAL):
+            faults.append(f"model.tasks.{name}: this name is taken by an entry of the losses; choose another.")
+    if faults:
+        raise UserError("\n".join(faults))
+    return tasks
+
+
+def _history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> list[tuple[list[str], str | None]]:
+    """Which history features list the same events, and so are summed event by event.
+
+    List columns of the raw data are aligned by the schema's contract; collected histories
+    are where they collect under the same label. Each group is a sequence with an encoder of
+    its own. A group has one text at most; further ones make groups of their own.
+    """
+    groups: dict[tuple, tuple[list[str], str | None]] = {}
+    for name, feature in {**ids, **texts}.items():
+        key: tuple = ("listed",) if feature.events is None else ("collected", feature.events.label)
+        names, text = groups.get(key, ([], None))
+        if name in ids:
+            groups[key] = ([*names, name], text)
+        elif text is None:
+            groups[key] = (names, name)
+        else:
+            groups[*key, name] = ([], name)
+    return list(groups.values())

@@ -1,0 +1,37 @@
+"""A run's evaluation as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = ("rows", "auc", "gauc", "logloss", "calibration", "ndcg")
+
+
+def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
+    """Per domain and task: rows, AUC, grouped AUC, log loss, calibration, NDCG; then the rates."""
+    table = Table(title=f"{evaluation['split']} split, step {evaluation['step']}", title_justify="left")
+    table.add_column("domain")
+    table.add_column("task")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for scope, tasks in {**evaluation["domains"], "all": evaluation["overall"]}.items():
+        for task, metrics in tasks.items():
+            if metrics["rows"]:
+                ndcg = next((v for k, v in metrics.items() if k.startswith("ndcg")), None)
+                shown = [_shown({**metrics, "ndcg": ndcg}[c]) for c in COLUMNS]
+                table.add_row(scope, task, *shown, end_section=scope == list(evaluation["domains"])[-1])
+    console = Console()
+    console.print(table)
+    for name, value in evaluation["rates"].items():
+        console.print(f"{name.replace('_', ' ')}: {value:,.1f}", highlight=False)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _shown(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

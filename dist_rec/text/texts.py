@@ -1,0 +1,235 @@
+"""The distinct texts of data sets, as a stream of token ids: what `embed` encodes.
+
+Reads texts.parquet (columns key int64, text string, tokens list<int32>), which the builder writes
+beside the splits of a data set. Only keys stay in memory. Knows no language model, except for the
+tokenizer.json of one where a data set was built without token ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..data.blocks import TEXT, text_key
+from ..data.index import INDEX_NAME, TokenizerInfo, join, read_index
+from ..data.rows import Ragged
+from ..errors import UserError
+from .paths import TOKENIZER_NAME
+from .store import VectorStore
+
+TEXTS_NAME = "texts.parquet"
+READ_ROWS = 16384
+CHUNK_TEXTS = 65536
+
+
+@dataclass
+class TextFile:
+    """A texts.parquet and the tokenizer of the data sets beside it, None if they name none."""
+
+    path: str
+    tokenizer: TokenizerInfo | None
+
+
+@dataclass
+class Texts:
+    """n texts: int64 `[n]` keys and second hashes, and their token ids."""
+
+    keys: np.ndarray
+    checks: np.ndarray
+    tokens: Ragged
+
+
+def find_text_files(texts: list[str]) -> list[TextFile]:
+    """The texts.parquet of every data set, each once, with the tokenizer its indexes name.
+
+    Raises:
+        UserError: there is none, or splits that share one disagree about the tokenizer.
+    """
+    if not texts:
+        raise UserError("no texts given: name data set folders or texts.parquet files.")
+    found: dict[str, TextFile] = {}
+    for given in texts:
+        path = given if "://" in given else os.path.abspath(os.path.expanduser(given))
+        parent = path.rstrip("/").rpartition("/")[0]
+        names = [path] if path.endswith(".parquet") else [join(path, TEXTS_NAME), join(parent, TEXTS_NAME)]
+        fs, _ = fsspec.core.url_to_fs(path)
+        name = next((name for name in names if fs.isfile(name)), None)
+        if name is None:
+            raise UserError(
+                f"no texts at {given}: {' and '.join(names)} missing. Give a data set that has text features, "
+                "built with `dist-rec shards build`."
+            )
+        if name not in found:
+            found[name] = TextFile(name, _tokenizer_beside(fs, name.rpartition("/")[0], given))
+    return list(found.values())
+
+
+def _tokenizer_beside(fs: Any, root: str, given: str) -> TokenizerInfo | None:
+    """The one tokenizer that the index at `root`, or those one folder below, name."""
+    below = [entry["name"] for entry in fs.ls(root, detail=True) if entry["type"] == "directory"]
+    folders = [root] + sorted(join(root, name.rstrip("/").rpartition("/")[2]) for name in below)
+    indexes = [read_index(folder) for folder in folders if fs.isfile(join(folder, INDEX_NAME))]
+    if not indexes:
+        raise UserError(
+            f"{given}: no {INDEX_NAME} in {root} or in a folder below it, so nothing says whose token ids "
+            f"{TEXTS_NAME} carries. Build the data set with `dist-rec shards build`."
+        )
+    known = {(i.tokenizer.fingerprint, i.tokenizer.max_length) if i.tokenizer else None for i in indexes}
+    if len(known) > 1:
+        raise UserError(f"{given}: the data sets in {root} are of different tokenizers. Build them again, together.")
+    return indexes[0].tokenizer
+
+
+class Ledger:
+    """The distinct keys one rank owns: which are still to be encoded, and each text's second hash."""
+
+    def __init__(self, keys: np.ndarray, old: VectorStore | None):
+        self.keys = keys
+        self.checks = np.zeros(len(keys), np.int64)
+        self.seen = np.zeros(len(keys), bool)
+        if old is not None:
+            at, self.seen = old.find(keys)
+            self.checks[self.seen] = old.checks[at[self.seen]]
+        self.num_new = int((~self.seen).sum())
+
+    @classmethod
+    def of(cls, files: list[TextFile], rank: int, world_size: int, old: VectorStore | None) -> Ledger:
+        owned, total = [np.zeros(0, np.int64)], 0
+        for file in files:
+            for batch in _read(file, ["key"]):
+                keys = batch.column("key").to_numpy()
+                total += len(keys)
+                owned.append(keys[keys % world_size == rank])
+        if not total:
+            raise UserError(f"there is not a single text in {', '.join(f.path for f in files)}.")
+        return cls(np.unique(np.concatenate(owned)), old)
+
+    def enter(self, keys: np.ndarray, checks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Note n texts that were read.
+
+        Args:
+            keys, checks: int64 `[n]`, keys that this rank owns and second hashes.
+
+        Returns:
+            bool `[n]`: which are new; and which differ from an earlier text of the same key.
+        """
+        at = np.searchsorted(self.keys, keys)
+        first = np.zeros(len(keys), bool)
+        first[np.unique(at, return_index=True)[1]] = True
+        new = first & ~self.seen[at]
+        self.checks[at[new]] = checks[new]
+        self.seen[at] = True
+        return new, checks != self.checks[at]
+
+
+def _read(file: TextFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Record batches of a texts.parquet.
+
+    Raises:
+        UserError: the file has other columns, nulls, or is damaged.
+    """
+    try:
+        with fsspec.open(file.path, "rb") as opened:
+            parquet = pq.ParquetFile(opened)
+            types = {field.name: field.type for field in parquet.schema_arrow}
+            wrong = [name for name in columns if types.get(name) != TEXT.field(name).type]
+            if wrong:
+                raise UserError(
+                    f"{file.path}: expected the columns {', '.join(f'{n} {TEXT.field(n).type}' for n in wrong)}. "
+                    "Build the data set again."
+                )
+            for batch in parquet.iter_batches(READ_ROWS, columns=columns):
+                if any(batch.column(c).null_count for c in columns):
+                    raise UserError(f"{file.path}: a key, text or token list is null. Build the data set again.")
+                yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {file.path}: {error}. Build the data set again.") from None
+
+
+def new_texts(
+    files: list[TextFile], ledger: Ledger, rank: int, world_size: int, model_folder: Path, max_tokens: int
+) -> Iterator[Texts]:
+    """This rank's texts that the ledger has not seen, with token ids, in the order of the files."""
+    tokenizer = None
+    for file in files:
+        columns = ["key", "text"] + (["tokens"] if file.tokenizer else [])
+        for batch in _read(file, columns):
+            keys = batch.column("key").to_numpy()
+            mine = np.flatnonzero(keys % world_size == rank)
+            keys, batch = keys[mine], batch.take(pa.array(mine))
+            texts = batch.column("text").to_pylist()
+            named = np.fromiter((text_key(text) for text in texts), np.int64, len(texts))
+            _refuse(file, keys, texts, named != keys, "is stored under another text's key. Build the data set again")
+            checks = np.fromiter((_second_hash(text) for text in texts), np.int64, len(texts))
+            new, clash = ledger.enter(keys, checks)
+            _refuse(file, keys, texts, clash, "has the key of a different text: change one of the two texts")
+            rows = np.flatnonzero(new)
+            if file.tokenizer:
+                column = batch.column("tokens").take(pa.array(rows))
+                tokens = Ragged.from_lengths(column.flatten().to_numpy(), column.value_lengths().to_numpy())
+            else:
+                tokenizer = tokenizer or _load_tokenizer(model_folder, max_tokens)
+                tokens = _tokenize(tokenizer, [texts[row] for row in rows])
+            if len(rows) and tokens.lengths.max() > max_tokens:
+                raise UserError(f"{file.path}: a text has more than the {max_tokens} tokens its index promises.")
+            yield Texts(keys[rows], checks[rows], tokens)
+
+
+def _refuse(file: TextFile, keys: np.ndarray, texts: list[str], bad: np.ndarray, what: str) -> None:
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        raise UserError(f"{file.path}: the text {texts[at][:80]!r} (key {keys[at]}) {what}.")
+
+
+def _second_hash(text: str) -> int:
+    """64 bits that are independent of `text_key`: two texts that share both are one text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"check").digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def _load_tokenizer(folder: Path, max_tokens: int) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{folder / TOKENIZER_NAME} is not usable: {error}.") from None
+    # tokenizer.json may carry padding and truncation of its own.
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> Ragged:
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+    lengths = np.array([len(ids) for ids in encoded], np.int64)
+    return Ragged.from_lengths(np.array([i for ids in encoded for i in ids], np.int32), lengths)
+
+
+def chunks_of(texts: Iterator[Texts]) -> Iterator[Texts]:
+    """Join small pieces to chunks of at least CHUNK_TEXTS, so that sorting by length pays."""
+    waiting: list[Texts] = []
+    for piece in texts:
+        waiting.append(piece)
+        if sum(len(w.keys) for w in waiting) >= CHUNK_TEXTS:
+            yield _join(waiting)
+            waiting = []
+    if any(len(w.keys) for w in waiting):
+        yield _join(waiting)
+
+
+def _join(pieces: list[Texts]) -> Texts:
+    return Texts(
+        np.concatenate([p.keys for p in pieces]),
+        np.concatenate([p.checks for p in pieces]),
+        Ragged.concat([p.tokens for p in pieces]),
+    )

@@ -1,0 +1,1 @@
+"""Ties data, tables and models together under torchrun: TorchRec and DeepSpeed in one step."""

@@ -1,0 +1,64 @@
+"""`dist-rec evaluate`: a trained run's checkpoint over any split, on any number of ranks.
+
+Needs no engine: the dense model is loaded whole on every rank, the tables are sharded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..data.batch import Batch
+from ..errors import UserError
+from . import checkpoint
+from .collectives import DistributedReduction
+from .process import choose_device, process_group
+from .setup import build_model, build_stream, build_tables, prepare
+from .trainer import evaluate, quieten, write_evaluation
+
+
+def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
+    """Evaluate the latest checkpoint of `run` and write its evaluation.json.
+
+    Raises:
+        UserError: no checkpoint, no such split, or a checkpoint that does not fit the config.
+    """
+    quieten()
+    found = checkpoint.find(run)
+    state = checkpoint.read_state(found)
+    prepared = prepare(config)
+    if split not in prepared.indexes:
+        raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
+    device = choose_device(config)
+    with process_group(config, device) as process:
+        stream = build_stream(prepared, split, process.rank, process.world_size)
+        tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
+        checkpoint.load_tables(found, state, sharded)
+        model = build_model(prepared, DistributedReduction())
+        checkpoint.load_dense(found, model)
+        model.to(device).eval()
+        sharded.eval()
+
+        def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+            for batch in batches:
+                batch = batch.to(device, non_blocking=True)
+                with torch.no_grad():
+                    yield batch, model(tables.vectors(sharded(batch)), batch)
+
+        started = time.monotonic()
+        tasks = {task: spec.label for task, spec in model.tasks.items()}
+        result = evaluate(prepared, tasks, stream, predict)
+        seconds = time.monotonic() - started
+        rates = {
+            "evaluate_seconds": round(seconds, 2),
+            "evaluate_rows_per_s": round(prepared.indexes[split].rows / seconds, 1),
+        }
+        entry = {"split": split, "step": state["step"], "rates": rates, **result}
+        if process.is_main:
+            write_evaluation(run, entry)
+    return entry

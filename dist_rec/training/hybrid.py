@@ -1,0 +1,116 @@
+"""One step of the whole: sharded tables, then the DeepSpeed engine, in one autograd graph.
+
+    embeddings = tables(batch.ids); output = engine(embeddings, batch)
+    engine.backward(output.loss); engine.step()
+
+The tables' optimizer runs inside backward. TorchRec's `TrainPipelineSparseDist` sends the next
+batch's ids around while this one computes; only its backward and step are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+
+from ..config import DenseConfig
+from ..data.batch import Batch
+from ..embeddings.tables import EmbeddingTables
+
+
+def learning_rate_factor(dense: DenseConfig, step: int, total: int) -> float:
+    """What both learning rates are multiplied with at `step` (from 0) of `total`."""
+    if step < dense.warmup_steps:
+        return (step + 1) / dense.warmup_steps
+    if dense.schedule == "constant":
+        return 1.0
+    progress = min((step - dense.warmup_steps) / max(total - dense.warmup_steps, 1), 1.0)
+    return 1 - progress if dense.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Pipeline(TrainPipelineSparseDist):
+    """TorchRec's pipeline with DeepSpeed's backward, which also reduces the dense gradients."""
+
+    engine: Any
+
+    def _backward(self, losses: Tensor) -> None:
+        self.engine.backward(losses)
+
+
+class _BothOptimizers:
+    """What the pipeline calls an optimizer: sets this step's learning rates, steps the engine."""
+
+    def __init__(self, tables: DistributedModelParallel, engine: Any, factor: Callable[[int], float]) -> None:
+        self.engine, self.factor, self.step_number = engine, factor, 0
+        self.fused = tables.fused_optimizer
+        self.groups = [(g, g["lr"]) for o in (self.fused, engine.optimizer) for g in o.param_groups]
+
+    def zero_grad(self) -> None:
+        factor = self.factor(self.step_number)
+        for group, base in self.groups:
+            group["lr"] = base * factor
+        # The kernels learn their rate here; their step has no gradient left to apply.
+        self.fused.zero_grad()
+
+    def step(self) -> None:
+        self.engine.step()
+        self.step_number += 1
+
+
+class Hybrid:
+    """Tables and engine as one model that trains and predicts.
+
+    Args:
+        tables: what `tables.vectors` reads.
+        sharded: `tables` under `DistributedModelParallel`.
+        engine: the DeepSpeed engine around the dense model.
+        device: of this rank.
+        factor: learning rate factor by step.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingTables,
+        sharded: DistributedModelParallel,
+        engine: Any,
+        device: torch.device,
+        factor: Callable[[int], float],
+    ) -> None:
+        self.tables, self.sharded, self.engine, self.device = tables, sharded, engine, device
+        self.optimizer = _BothOptimizers(sharded, engine, factor)
+        self.pipeline = _Pipeline(
+            sharded, self.optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
+        )
+        self.pipeline.engine = engine
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        output = self.engine(self.tables.vectors(self.sharded(batch)), batch)
+        return output["loss"], output
+
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, Any] | None:
+        """Train on the next batch; None when there is none.
+
+        Returns:
+            The model's output: `loss`, `losses`, `logits`.
+        """
+        self.sharded.train()
+        self.engine.train()
+        try:
+            return self.pipeline.progress(batches)
+        except StopIteration:
+            return None
+
+    def predict(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Outputs without training. Every rank must offer equally many batches."""
+        self.pipeline.detach()
+        self.sharded.eval()
+        self.engine.eval()
+        for batch in batches:
+            batch = batch.to(self.device, non_blocking=True)
+            with torch.no_grad():
+                yield batch, self._forward(batch)[1]

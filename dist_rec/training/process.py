@@ -1,0 +1,90 @@
+"""This process among the ranks: device, process group, and an end that never hangs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ..config import Config
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who this rank is, and where it computes."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def memory_bytes(self) -> int:
+        """Memory that one rank of this host may use for tables."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory * 0.8)
+        return int(psutil.virtual_memory().total * 0.8) // self.local_world_size
+
+
+def world_size() -> int:
+    """World size that torchrun announced, 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device that `train.device` asks for.
+
+    Raises:
+        UserError: CUDA is asked for and there is none, or this rank has no GPU of its own.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if config.train.device == "cpu" or (config.train.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device: cuda, but torch sees no GPU. Run `dist-rec doctor`, or set train.device: cpu.")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"this host has {torch.cuda.device_count()} GPU(s), and local rank {local_rank} needs one of its own: start "
+            "fewer ranks a host (--nproc-per-node)."
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(config: Config, device: torch.device) -> Iterator[Process]:
+    """Join the ranks (alone without torchrun), and leave them however the body ends."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    # DeepSpeed guesses its accelerator at import; the run's choice must win.
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(minutes=config.train.timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield Process(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+        device=device,
+    )
+    # Not in a finally: after a fault, destroying the group waits for ranks that may never come.
+    dist.barrier()
+    dist.destroy_process_group()

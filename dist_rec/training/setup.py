@@ -1,0 +1,221 @@
+"""From a config to parts: everything checked at once before any process group, then built.
+
+`prepare` reads indexes and reports every fault of config and data together; `build_*` make the
+model and the sharded tables of a rank that has joined the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from ..config import Config, check_names
+from ..data.index import Index, read_index
+from ..data.order import Order
+from ..data.stream import Stream
+from ..embeddings.planner import make_plan
+from ..embeddings.sharding import attach_optimizer, shard
+from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
+from ..errors import UserError
+from ..layers.reduction import Reduction
+from ..models.foundation import FoundationModel
+from ..schema import Schema
+from ..text.store import VectorStore
+from .process import Process, world_size
+
+
+@dataclass
+class Prepared:
+    """A checked config with what it names.
+
+    `features` are those that this run reads; `indexes` has `train` and, as configured, `valid`
+    and `test`.
+    """
+
+    config: Config
+    schema: Schema
+    indexes: dict[str, Index]
+    features: list[str]
+    specs: list[TableSpec]
+    store: VectorStore | None
+
+    def root(self, split: str) -> str:
+        return getattr(self.config.data, split)
+
+
+def prepare(config: Config) -> Prepared:
+    """Check everything that can be checked without other ranks.
+
+    Raises:
+        UserError: every fault found, one a line.
+    """
+    faults: list[str] = []
+
+    def attempt(make, *arguments):
+        try:
+            return make(*arguments)
+        except UserError as error:
+            faults.append(str(error))
+            return None
+
+    data = config.data
+    roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
+    indexes = {split: attempt(read_index, root) for split, root in roots.items() if root is not None}
+    if config.text.mode == "full":
+        from ..text.paths import resolve_model_folder
+
+        attempt(resolve_model_folder, config.text.model)
+    store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
+    if data.streams < world_size():
+        faults.append(
+            f"data.streams is {data.streams}, but there are {world_size()} ranks: raise it, and data.batch_size to a "
+            "multiple of it"
+        )
+    train = indexes.get("train")
+    specs, features = None, []
+    if train is not None:
+        schema = train.schema
+        faults += _data_faults(config, indexes)
+        features = used_features(schema, config)
+        specs = attempt(table_specs, schema, config.tables, features)
+        if store is not None:
+            attempt(store.check_tokenizer, train.tokenizer)
+        if config.text.mode == "full" and train.tokenizer is None:
+            faults.append(
+                f"text.mode is full, but {data.train} was built without a tokenizer: build it with --tokenizer"
+            )
+        if specs is not None:
+            attempt(_try_model, schema, config, specs, features)
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        raise UserError(f"this run cannot start:\n{lines}")
+    return Prepared(config, schema, indexes, features, specs, store)
+
+
+def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
+    data, train = config.data, indexes["train"]
+    names = train.schema.domains.names
+    faults = check_names(names, list(data.weights), "data.weights") + check_names(names, data.domains, "data.domains")
+    faults += check_names(list(train.schema.features), data.exclude_features, "data.exclude_features")
+    for domain in data.domains or names:
+        if domain in names and train.rows_of(domain) == 0 and data.weights.get(domain, 1.0) > 0:
+            faults.append(f"domain {domain!r} has no rows in {data.train}: name those to train on in data.domains")
+    for split, index in indexes.items():
+        if index is not None and index.schema != train.schema:
+            faults.append(f"data.{split}: its schema or vocabularies are not those of data.train; build them together")
+    return faults
+
+
+def _try_model(schema: Schema, config: Config, specs: list[TableSpec], features: list[str]) -> None:
+    """Build the model without memory, for the faults that only the model knows."""
+    with torch.device("meta"):
+        FoundationModel(schema, config.model, _dims(specs), 0, None, features, Reduction())
+
+
+def _dims(specs: list[TableSpec]) -> dict[str, int]:
+    return {spec.name: spec.dim for spec in specs}
+
+
+def used_features(schema: Schema, config: Config) -> list[str]:
+    """The features that this config's model reads, in schema order."""
+    text = config.text.mode != "none"
+    history = config.model.history.kind != "none"
+    history_text = text and history and config.model.history.use_text
+    used = []
+    for name, feature in schema.features.items():
+        if name in config.data.exclude_features:
+            continue
+        if feature.kind == "text" and not text or feature.kind == "texts" and not history_text:
+            continue
+        if feature.role == "history" and not history:
+            continue
+        used.append(name)
+    return used
+
+
+def build_stream(prepared: Prepared, split: str, rank: int, world: int) -> Stream:
+    """The stream of one split: shuffled as configured for training, in order otherwise."""
+    config, index = prepared.config, prepared.indexes[split]
+    data, training = config.data, split == "train"
+    batch_size = data.batch_size if training or not config.evaluate.batch_size else config.evaluate.batch_size
+    weights, domains = None, index.schema.domains.names
+    if training and (data.weights or data.domains):
+        chosen = data.domains or domains
+        if data.weights:
+            weights = [data.weights.get(d, 0.0) if d in chosen else 0.0 for d in domains]
+        else:
+            weights = [float(index.rows_of(d)) if d in chosen else 0.0 for d in domains]
+    order = Order(
+        index,
+        streams=data.streams,
+        batch_size=batch_size,
+        window=data.shuffle_window if training else 0,
+        seed=config.run.seed,
+        weights=weights,
+        drop_last=data.drop_last and training,
+    )
+    return Stream(
+        prepared.root(split),
+        index,
+        order,
+        prepared.features,
+        rank=rank,
+        world_size=world,
+        with_tokens=config.text.mode == "full",
+        vectors=prepared.store.lookup if prepared.store else None,
+        read_ahead=data.read_ahead,
+    )
+
+
+def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
+    """The dense model, initialised by run.seed alone: equal on every rank."""
+    config = prepared.config
+    encoder, width = None, prepared.store.width if prepared.store else 0
+    if config.text.mode == "full":
+        from ..text.encoder import load_text_encoder
+
+        encoder = load_text_encoder(config.text.model)
+        width = encoder.width
+    torch.manual_seed(config.run.seed)
+    return FoundationModel(
+        prepared.schema, config.model, _dims(prepared.specs), width, encoder, prepared.features, reduction
+    )
+
+
+def build_tables(
+    prepared: Prepared, process: Process, batch_rows: int
+) -> tuple[EmbeddingTables, DistributedModelParallel, ShardingPlan]:
+    """Plan and place the tables. Collective.
+
+    Raises:
+        UserError: no plan fits.
+    """
+    config, index = prepared.config, prepared.indexes["train"]
+    tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, torch.device("meta"))
+    attach_optimizer(tables, config.tables)
+    memory = torch.tensor(process.memory_bytes(), device=process.device)
+    torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)
+    plan = make_plan(
+        tables,
+        prepared.specs,
+        world_size=process.world_size,
+        local_world_size=process.local_world_size,
+        device=process.device,
+        batch_size=batch_rows,
+        pooling_factors={n: index.statistics[n].mean_length for n in prepared.features if n in index.statistics},
+        memory_bytes=int(memory),
+    )
+    return tables, shard(tables, prepared.specs, plan, config.tables, process.device, config.run.seed), plan
+
+
+def check_new_run(config: Config) -> None:
+    """Refuse to write over a run.
+
+    Raises:
+        UserError: the run folder holds a run already.
+    """
+    if (config.run_folder / "config.yaml").exists():
+        raise UserError(f"{config.run_folder} holds a run already: choose another --run.name, or remove that folder.")

@@ -1,0 +1,437 @@
+"""The foundation model: masks, absences, and ranks that together equal one process."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dist_rec.layers
+from dist_rec.config import ModelConfig
+from dist_rec.data.batch import Batch, make_batch
+from dist_rec.data.rows import Ragged, Rows
+from dist_rec.errors import UserError
+from dist_rec.layers.reduction import Reduction
+from dist_rec.models.foundation import FoundationModel
+from dist_rec.schema import Schema
+from dist_rec.strict import from_dict
+
+TEXT_WIDTH = 6
+
+SCHEMA = from_dict(
+    Schema,
+    {
+        "name": "test",
+        "domains": {"names": ["search", "feed", "shop"]},
+        "keys": {"user": "u", "time": "t"},
+        "features": {
+            "user": {"role": "user", "kind": "id", "vocabulary": {"size": 20}},
+            "interests": {"role": "user", "kind": "ids", "vocabulary": {"size": 9}},
+            "age": {"role": "user", "kind": "dense", "width": 2},
+            "bio": {"role": "user", "kind": "text"},
+            "query_id": {"role": "query", "kind": "id", "aspect": "id", "vocabulary": {"size": 15}},
+            "query_text": {"role": "query", "kind": "text"},
+            "item": {"role": "item", "kind": "id", "aspect": "id", "vocabulary": {"size": 30}},
+            "category": {"role": "item", "kind": "ids", "vocabulary": {"size": 7}},
+            "price": {"role": "item", "kind": "dense"},
+            "title": {"role": "item", "kind": "text"},
+            "clicked": {"role": "history", "kind": "ids", "shares": "item"},
+            "clicked_category": {"role": "history", "kind": "ids", "shares": "category"},
+            "clicked_title": {"role": "history", "kind": "texts"},
+            "bought": {"role": "history", "kind": "ids", "shares": "item", "events": {"of": "item", "label": "cvr"}},
+        },
+        "labels": {"ctr": {}, "cvr": {}, "relevance": {"kind": "graded", "maximum": 3.0}},
+    },
+    "test",
+)
+DIMS = {"user": 5, "interests": 3, "query_id": 4, "item": 6, "category": 3}
+EVERYTHING = list(SCHEMA.features)
+NUM_TEXTS = 12
+
+
+def make_rows(n: int = 24, domains: list[int] | None = None, seed: int = 0, empty: tuple[str, ...] = ()) -> Rows:
+    """Random rows with nulls of every kind; features in `empty` are null in all rows."""
+    random = np.random.default_rng(seed)
+    domain = np.array(domains if domains is not None else random.integers(0, 3, n), np.int64)
+    rows = Rows(domain=domain, row=random.permutation(1000)[:n].astype(np.int64))
+    rows.text_keys = np.arange(NUM_TEXTS, dtype=np.int64)
+    token_lengths = random.integers(1, 5, NUM_TEXTS)
+    rows.tokens = Ragged.from_lengths(random.integers(1, 50, token_lengths.sum()), token_lengths)
+    listed = random.integers(0, 6, n)
+    for name, feature in SCHEMA.features.items():
+        most = 2 if feature.kind in ("id", "text") else 4
+        lengths = random.integers(0, most, n)
+        if name.startswith("clicked"):
+            lengths = listed.copy()
+        if name in empty:
+            lengths[:] = 0
+        if feature.kind in ("id", "ids"):
+            size = SCHEMA.features[SCHEMA.table_of(name)].vocabulary.size
+            rows.ids[name] = Ragged.from_lengths(random.integers(0, size, lengths.sum()), lengths)
+        elif feature.kind == "dense":
+            values = random.standard_normal((n, feature.width)).astype(np.float32)
+            rows.dense[name] = np.where(random.random(values.shape) < (2 if name in empty else 0.3), np.nan, values)
+        else:
+            rows.texts[name] = Ragged.from_lengths(random.integers(0, NUM_TEXTS, lengths.sum()), lengths)
+    for name, label in SCHEMA.labels.items():
+        values = random.integers(0, int(label.maximum) + 1, n).astype(np.float32)
+        rows.labels[name] = np.where(random.random(n) < 0.3, np.nan, values)
+    rows.keys = {key: np.full(n, -1, np.int64) for key in ("user", "query", "time")}
+    return rows
+
+
+def cut(rows: Rows, mask: np.ndarray) -> Rows:
+    """Some rows of `rows`, as a reader would deal them to a rank."""
+    at = np.flatnonzero(mask)
+    return Rows(
+        domain=rows.domain[at],
+        row=rows.row[at],
+        ids={n: r.take(at) for n, r in rows.ids.items()},
+        dense={n: v[at] for n, v in rows.dense.items()},
+        texts={n: r.take(at) for n, r in rows.texts.items()},
+        text_keys=rows.text_keys,
+        tokens=rows.tokens,
+        labels={n: v[at] for n, v in rows.labels.items()},
+        keys={n: v[at] for n, v in rows.keys.items()},
+    )
+
+
+def text_vectors(keys: np.ndarray) -> np.ndarray:
+    table = np.random.default_rng(1).standard_normal((NUM_TEXTS, TEXT_WIDTH)).astype(np.float32)
+    return table[keys]
+
+
+def as_batch(rows: Rows, size: int) -> Batch:
+    batch = make_batch(rows, SCHEMA, size, text_vectors)
+    batch.dense = {n: v.double() for n, v in batch.dense.items()}
+    return batch
+
+
+class Tables(nn.Module):
+    """What TorchRec gives: means of rows, zeros where null; every event of a history."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = SCHEMA.table_sizes()
+        self.tables = nn.ModuleDict({f"table_{t}": nn.Embedding(sizes[t], d) for t, d in DIMS.items()})
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        out = {}
+        for name, feature in SCHEMA.select(kinds=("id", "ids")).items():
+            weight = self.tables["table_" + SCHEMA.table_of(name)].weight
+            values, lengths = weight[batch.ids[name].values()], batch.ids[name].lengths()
+            if feature.role != "history":
+                row = torch.repeat_interleave(torch.arange(len(batch)), lengths)
+                values = weight.new_zeros(len(batch), weight.shape[1]).index_add(0, row, values)
+                values = values / lengths.clamp_min(1)[:, None]
+            out[name] = values
+        return out
+
+
+class TinyEncoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, TEXT_WIDTH)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return (self.tokens(tokens) * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+class Whole(nn.Module):
+    """Tables and model together: one process of a hybrid run."""
+
+    def __init__(self, config: dict, reduction: Reduction | None = None, features=EVERYTHING, encoder=None) -> None:
+        super().__init__()
+        parsed = from_dict(ModelConfig, config, "test")
+        self.tables = Tables()
+        args = (SCHEMA, parsed, DIMS, TEXT_WIDTH, encoder, list(features))
+        self.model = FoundationModel(*args, reduction or Reduction()).double()
+        self.double()
+
+    def forward(self, batch: Batch) -> dict:
+        return self.model(self.tables(batch), batch)
+
+
+def config(**changes) -> dict:
+    base = {
+        "width": 8,
+        "history": {"feedforward": 8, "dropout": 0.0, "use_text": True, "max_length": 4},
+        "body": {"expert_hidden": [8], "tower_hidden": [4]},
+        "regulariser": {"kind": "none", "weight": 0.7, "samples": 4, "kernels": 3},
+        "tasks": {t: {"label": t, "weight": w} for t, w in (("ctr", 1.0), ("cvr", 0.5), ("relevance", 2.0))},
+    }
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(value, dict) and key in base else value
+    return base
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in module.named_parameters()}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+class Wire:
+    """All-reduce and all-gather between threads that stand for ranks."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.barrier = threading.Barrier(world_size, timeout=30)
+        self.slots: list[Tensor | None] = [None] * world_size
+
+    def exchange(self, rank: int, x: Tensor) -> Tensor:
+        self.slots[rank] = x.detach().clone()
+        self.barrier.wait()
+        everyone = torch.stack(self.slots)
+        self.barrier.wait()
+        return everyone
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, wire, rank):
+        ctx.wire, ctx.rank = wire, rank
+        return wire.exchange(rank, x).sum(0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.wire.exchange(ctx.rank, grad).sum(0), None, None
+
+
+class ThreadReduction(Reduction):
+    def __init__(self, wire: Wire, rank: int) -> None:
+        self.wire, self.rank, self.world_size = wire, rank, wire.world_size
+
+    def sum(self, x: Tensor) -> Tensor:
+        return _Sum.apply(x, self.wire, self.rank)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return self.wire.exchange(self.rank, x)
+
+
+def run_ranks(module: nn.Module, batches: list[Batch]) -> tuple[dict[str, Tensor], list[dict]]:
+    """Gradients averaged over ranks, and what each rank returned."""
+    wire = Wire(len(batches))
+    ranks = [copy.deepcopy(module) for _ in batches]
+    outputs: list[dict | None] = [None] * len(batches)
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            ranks[rank].model.reduction = ThreadReduction(wire, rank)
+            outputs[rank] = ranks[rank](batches[rank])
+            outputs[rank]["loss"].backward()
+        except BaseException as error:
+            errors.append(error)
+            wire.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(r,)) for r in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    every = [gradients(rank) for rank in ranks]
+    return {n: torch.stack([g[n] for g in every]).mean(0) for n in every[0]}, outputs
+
+
+BODIES = {
+    "shared_bottom": {"kind": "shared_bottom"},
+    "mmoe": {"kind": "mmoe"},
+    "ple-domain": {"kind": "ple", "levels": 2},
+    "ple-task": {"kind": "ple", "levels": 2, "specific_to": "task"},
+}
+GLOBAL = [
+    *({"body": body, "regulariser": {"kind": "js"}} for body in BODIES.values()),
+    *({"regulariser": {"kind": kind}} for kind in ("none", "mmd")),
+    {"regulariser": {"kind": "mmd"}, "gating": "cls", "adaptation": {"enabled": True, "width": 5}},
+    {"regulariser": {"kind": "js"}, "gating": "mean", "adaptation": {"enabled": False}, "products": False},
+    {"history": {"pooling": "last", "layers": 2}},
+    {"history": {"kind": "mean"}},
+]
+
+
+@pytest.mark.parametrize("changes", GLOBAL, ids=str)
+def test_ranks_together_equal_one_process_on_the_global_batch(changes):
+    """Unequal parts, one without domain 2, one without any row, all padded with masked rows."""
+    rows = make_rows(40)
+    rank_of = np.random.default_rng(3).integers(0, 2, 40)
+    rank_of[rows.domain == 2] = 1
+    module = Whole(config(**changes))
+    whole = module(as_batch(rows, 40))
+    whole["loss"].backward()
+    parts = [cut(rows, rank_of == r) for r in range(3)]
+    assert len(parts[2]) == 0 and len(parts[0]) != len(parts[1])
+    mean, outputs = run_ranks(module, [as_batch(p, 32) for p in parts])
+    for name, grad in gradients(module).items():
+        torch.testing.assert_close(mean[name], grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    for output in outputs:
+        for name, value in whole["losses"].items():
+            torch.testing.assert_close(output["losses"][name], value, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack([o["loss"] for o in outputs]).mean(), whole["loss"])
+    for task, logits in whole["logits"].items():
+        for r in range(2):
+            torch.testing.assert_close(outputs[r]["logits"][task][: len(parts[r])], logits[rank_of == r])
+
+
+def test_mmd_is_the_same_where_a_row_is_repeated_on_two_ranks():
+    rows = make_rows(30)
+    twice = Rows.concat([rows, cut(rows, np.arange(30) < 10)])
+    module = Whole(config(regulariser={"kind": "mmd", "samples": 30}))
+    whole = module(as_batch(twice, 40))
+    whole["loss"].backward()
+    mean, outputs = run_ranks(module, [as_batch(rows, 30), as_batch(cut(rows, np.arange(30) < 10), 30)])
+    torch.testing.assert_close(outputs[0]["losses"], whole["losses"])
+    for name, grad in gradients(module).items():
+        torch.testing.assert_close(mean[name], grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["none", "js", "mmd"])
+def test_masked_rows_change_nothing(kind):
+    rows, module = make_rows(), Whole(config(regulariser={"kind": kind}))
+    found = []
+    for size in (24, 37):
+        module.zero_grad()
+        output = module(as_batch(rows, size))
+        output["loss"].backward()
+        found.append((output["losses"], gradients(module), {t: v[:24] for t, v in output["logits"].items()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+ABSENT = {
+    "nothing absent": (),
+    "no history": ("clicked", "clicked_category", "clicked_title", "bought"),
+    "no text": ("bio", "query_text", "title", "clicked_title"),
+    "no query": ("query_id", "query_text"),
+    "nothing at all": tuple(EVERYTHING),
+}
+
+
+@pytest.mark.parametrize("absent", list(ABSENT))
+@pytest.mark.parametrize("gating", ["mean", "cls", "domain"])
+def test_every_parameter_has_a_gradient_whatever_is_absent(absent, gating):
+    rows = make_rows(domains=[0, 2] * 12, empty=ABSENT[absent])
+    for body, (kind, pooling), regulariser in itertools.product(
+        BODIES.values(), [("transformer", "last"), ("mean", "mean")], ["js", "mmd"]
+    ):
+        changes = config(
+            body=body, gating=gating, history={"kind": kind, "pooling": pooling}, regulariser={"kind": regulariser}
+        )
+        module = Whole(changes, encoder=TinyEncoder())
+        output = module(as_batch(rows, 26))
+        output["loss"].backward()
+        for name, p in module.named_parameters():
+            assert p.grad is not None and p.grad.isfinite().all(), name
+        owned = ("body.towers", "adaptation", "domains", "entities.query.gate.null")
+        for name, p in module.model.named_parameters():
+            if p.shape[0] == 3 and name.startswith(owned):
+                assert p.grad[1].abs().max() == 0, name
+                assert "null" in name or p.grad[0].abs().max() > 0, name
+
+
+@pytest.mark.parametrize("kind", ["none", "js", "mmd"])
+def test_a_batch_of_masked_rows_only_is_a_zero_loss_with_zero_gradients(kind):
+    module = Whole(config(regulariser={"kind": kind}))
+    output = module(as_batch(cut(make_rows(), np.zeros(24, bool)), 8))
+    output["loss"].backward()
+    assert output["loss"] == 0
+    assert all((g == 0).all() for g in gradients(module).values())
+
+
+def test_features_that_the_schema_lacks_leave_the_same_path():
+    """No query, no user, no text, no history: null vectors and a constant user."""
+    module = Whole(config(), features=["item", "price"])
+    output = module(as_batch(make_rows(), 24))
+    output["loss"].backward()
+    for name, p in module.model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    assert module.model.entities["query"].gate.null.grad.abs().max() > 0
+
+
+def test_texts_are_encoded_once_each():
+    calls = []
+
+    class Counting(TinyEncoder):
+        def forward(self, tokens, mask):
+            calls.append(len(tokens))
+            return super().forward(tokens, mask)
+
+    Whole(config(), encoder=Counting())(as_batch(make_rows(200), 200))
+    assert calls == [NUM_TEXTS]
+
+
+def test_loss_is_the_weighted_mean_of_soft_target_cross_entropies():
+    rows, module = make_rows(), Whole(config())
+    output = module(as_batch(rows, 24))
+    total = 0.0
+    for task, weight in (("ctr", 1.0), ("cvr", 0.5), ("relevance", 2.0)):
+        p, y = output["logits"][task].sigmoid().detach().numpy(), rows.labels[task] / SCHEMA.labels[task].maximum
+        expected = np.nanmean(-(y * np.log(p) + (1 - y) * np.log(1 - p)))
+        np.testing.assert_allclose(output["losses"][task], expected, rtol=1e-6)
+        total += weight * expected
+    np.testing.assert_allclose(output["losses"]["loss"], total, rtol=1e-6)
+
+
+def test_cold_item_depends_on_its_text_alone():
+    """An item without an id row scores the same whatever the id aspect's weights are."""
+    rows = make_rows(empty=("item", "category", "price"))
+    module = Whole(config())
+    before = module(as_batch(rows, 24))["logits"]
+    with torch.no_grad():
+        for p in module.model.entities["item"].layers.parameters():
+            p.add_(torch.randn_like(p))
+    torch.testing.assert_close(module(as_batch(rows, 24))["logits"], before)
+
+
+def test_initialisation_follows_the_seed_and_default_heads_are_the_labels():
+    states = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        states.append(Whole(config(tasks={})).state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+    assert list(Whole({"width": 8}).model.tasks) == ["ctr", "cvr", "relevance"]
+
+
+def test_half_precision_parameters_give_full_precision_losses():
+    module = Whole(config(regulariser={"kind": "js"}))
+    module.model.bfloat16()
+    output = module(as_batch(make_rows(), 24))
+    output["loss"].backward()
+    assert output["loss"].dtype == torch.float32 and output["logits"]["ctr"].dtype == torch.float32
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("tasks", [{"ctr": {"label": "crt"}}, {"loss": {"label": "ctr"}}])
+def test_tasks_are_checked(tasks):
+    bad = config()
+    bad["tasks"] = tasks
+    with pytest.raises(UserError, match="model.tasks"):
+        Whole(bad)
+
+
+def test_layers_and_models_import_no_engine_and_no_process_group():
+    root = Path(dist_rec.layers.__file__).parent.parent
+    allowed = ("data.batch", "config", "errors", "schema", "layers")
+    for file in [*root.glob("layers/*.py"), *root.glob("models/*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+                if node.level == 2:
+                    assert node.module.startswith(allowed), (file.name, node.module)
+            else:
+                continue
+            for name in names:
+                assert not name.startswith(("deepspeed", "torch.distributed", "torchrec.distributed")), file.name
