@@ -82,7 +82,8 @@ class TablesConfig:
     """Embedding tables, under TorchRec.
 
     * `dim`: width of every table.
-    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose.
+    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose. A table too
+      small to give every rank a row is placed table_wise where row_wise is asked for.
     * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
     * `init_std`: rows start as N(0, init_std).
     * `pooling`: how several ids of one feature become one vector.

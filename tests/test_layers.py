@@ -94,6 +94,7 @@ def test_gate_weighs_present_aspects_only(kind):
         there = present[b].nonzero()[:, 0]
         if not len(there):
             torch.testing.assert_close(out[b], gate.null[domain[b]])
+            assert (weights[b] == 0).all()
             continue
         key = {"mean": torch.zeros(H), "domain": keys[domain[b]]}.get(kind)
         key = gate.cls if key is None else key
@@ -320,6 +321,11 @@ def test_divergence_equals_a_loop_over_pairs(kind, points):
     grads = [torch.autograd.grad(v, x, retain_graph=True)[0] for v in (value, expected)]
     torch.testing.assert_close(grads[0][valid], grads[1][valid])
     assert (grads[0][~valid] == 0).all()
+
+
+def test_mmd_counts_a_repeated_row_as_often_as_it_occurs(points):
+    twice = [torch.cat([t, t[:4]]) for t in points]
+    torch.testing.assert_close(_divergence("mmd", *twice), _loop_mmd(*twice[:3], 4, 3))
 
 
 @pytest.mark.parametrize("kind", ["js", "mmd"])

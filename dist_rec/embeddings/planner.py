@@ -21,7 +21,7 @@ from ..errors import UserError
 from .tables import TableSpec
 
 SHARDING_TYPES = [ShardingType.TABLE_WISE.value, ShardingType.COLUMN_WISE.value, ShardingType.ROW_WISE.value]
-MIN_COLUMN_SHARD = 4
+COLUMN_STEP = 4
 
 
 class _BagSharder(EmbeddingBagCollectionSharder):
@@ -67,7 +67,7 @@ def make_plan(
     """
     constraints = {
         spec.name: ParameterConstraints(
-            sharding_types=SHARDING_TYPES if spec.sharding == "auto" else [spec.sharding],
+            sharding_types=_allowed(spec, world_size),
             compute_kernels=[EmbeddingComputeKernel.FUSED.value],
             pooling_factors=[max(pooling_factors.get(f, 1.0), 1e-3) for f in spec.features],
             min_partition=_partition(spec, world_size),
@@ -97,10 +97,23 @@ def make_plan(
         ) from None
 
 
-def _partition(spec: TableSpec, world_size: int) -> int | None:
-    """Narrowest column shard: an even cut over the ranks where the width allows it."""
-    width = spec.dim // world_size
-    return width if width >= MIN_COLUMN_SHARD and spec.dim % world_size == 0 else None
+def _allowed(spec: TableSpec, world_size: int) -> list[str]:
+    """Sharding types this table may get.
+
+    A row-wise cut that leaves a rank without rows makes fbgemm's CPU kernels read past their
+    arrays (seen as a random "more than 2B rows"), so such a small table goes table-wise.
+    """
+    types = SHARDING_TYPES if spec.sharding == "auto" else [spec.sharding]
+    row_wise = ShardingType.ROW_WISE.value
+    if row_wise in types and spec.rows <= -(-spec.rows // world_size) * (world_size - 1):
+        return [t for t in types if t != row_wise] or [ShardingType.TABLE_WISE.value]
+    return types
+
+
+def _partition(spec: TableSpec, world_size: int) -> int:
+    """Narrowest column shard: an even cut over at most `world_size` ranks, in fbgemm's steps of 4."""
+    widths = range(COLUMN_STEP, spec.dim + 1, COLUMN_STEP)
+    return next((w for w in widths if spec.dim % w == 0 and spec.dim // w <= world_size), spec.dim)
 
 
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:

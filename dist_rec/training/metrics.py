@@ -20,9 +20,9 @@ Definitions, for the valid rows of a task with score p, soft target y in 0..1, g
 In `overall` a user or query is one group across domains; in `domains` it is cut by domain.
 A metric that is undefined (no rows, one class) is None.
 
-Memory: a rank keeps 52 bytes for each valid row it added, per task. `compute` needs about 250 bytes a row
-of the largest task on top (exchange buffers and sorting), released task by task. All rows of a user or a query
-must fit one rank; equal scores are merged before they travel, so a constant prediction costs nothing.
+Memory, measured: a rank keeps 50 bytes for each valid row it added, per task. `compute` needs 200 bytes a row of
+the largest task on top, on each rank for its share of the rows. All rows of a user or a query must fit one
+rank; equal scores are merged before they travel, so a constant prediction overloads nobody.
 """
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""Shared by all tests: real raw data, tiny data sets, and torchrun with a time limit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dist_rec.data.build import build, parse_split
+from dist_rec.schema import Schema
+from dist_rec.strict import from_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_ranks(ranks: int, arguments: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`torchrun` this command line on `ranks` ranks; every child is gone when it returns."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    return run_command(command, seconds, cwd)
+
+
+def run_command(command: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run a command in a process group of its own and kill the whole group at the time limit."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        pytest.fail(f"not done after {seconds} s: {' '.join(command)}\n{out[-3000:]}\n{err[-3000:]}")
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+SMALL_SCHEMA = {
+    "name": "small",
+    "domains": {"names": ["big", "middle", "tiny"]},
+    "features": {
+        "user_id": {"role": "user", "kind": "id"},
+        "age": {"role": "user", "kind": "dense"},
+        "history": {"role": "history", "kind": "ids", "shares": "item_id", "max_length": 6},
+        "query": {"role": "query", "kind": "text"},
+        "item_id": {"role": "item", "kind": "id", "aspect": "id"},
+        "tags": {"role": "item", "kind": "ids"},
+        "title": {"role": "item", "kind": "text"},
+    },
+    "labels": {"ctr": {}, "relevance": {"kind": "graded", "maximum": 3}},
+    "keys": {"user": "user_id", "query": "query"},
+}
+
+
+def small_table(rows: dict[str, int], seed: int = 0) -> pa.Table:
+    """Invented impressions: nulls in labels, ids, texts and lists; the label depends on user and item."""
+    draw = np.random.default_rng(seed)
+    domain = np.concatenate([[name] * n for name, n in rows.items()])
+    draw.shuffle(domain)
+    n = len(domain)
+    user, item = draw.integers(0, 40, n), draw.integers(0, 30, n)
+    search = domain == "middle"
+
+    def some(values, share):
+        return [None if lost else value for value, lost in zip(values, draw.random(n) < share, strict=True)]
+
+    return pa.table(
+        {
+            "domain": domain,
+            "user_id": some([f"u{u}" for u in user], 0.1),
+            "age": pa.array(some([float(u % 7) for u in user], 0.2), pa.float32()),
+            "history": pa.array(
+                some([[f"i{i}" for i in draw.integers(0, 30, draw.integers(0, 6))] for _ in range(n)], 0.1),
+                pa.list_(pa.string()),
+            ),
+            "query": [f"find thing {i % 5}" if s else None for i, s in zip(item, search, strict=True)],
+            "item_id": some([f"i{i}" for i in item], 0.15),
+            "tags": pa.array(
+                some([[f"t{t}" for t in range(i % 4)] for i in item], 0.1), pa.list_(pa.string())
+            ),
+            "title": some([f"thing number {i}" for i in item], 0.1),
+            "ctr": pa.array(
+                [None if s else float(((u * 7 + i * 3) % 5) < 2) for u, i, s in zip(user, item, search, strict=True)],
+                pa.float32(),
+            ),
+            "relevance": pa.array(
+                [float(i % 4) if s else None for i, s in zip(item, search, strict=True)], pa.float32()
+            ),
+        }
+    )
+
+
+def build_small(
+    folder: Path, rows: dict[str, int] | None = None, *, block_rows: int = 32, tokenizer: str | None = None, split: str = ""
+) -> str:
+    """Shards of `small_table` below `folder`; returns the data set's root."""
+    raw = folder / "raw.parquet"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(small_table(rows or {"big": 211, "middle": 96, "tiny": 7}), raw)
+    build(
+        from_dict(Schema, SMALL_SCHEMA, "small"),
+        [str(raw)],
+        str(folder / "shards"),
+        split=parse_split(split) if split else None,
+        tokenizer=tokenizer,
+        block_rows=block_rows,
+        shard_rows=2 * block_rows,
+        workers=1,
+    )
+    return str(folder / "shards")
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> str:
+    """A data set of three domains, 314 rows in 12 blocks, without token ids."""
+    return build_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def raw_folder() -> Path:
+    """The folder of real raw data sets; tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("DIST_REC_RAW", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no raw data at {folder}: set DIST_REC_RAW to the folder that holds it")
+    return folder

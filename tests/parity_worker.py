@@ -1,0 +1,177 @@
+"""One rank of the parity check: the hybrid against one unsharded process, in many layouts.
+
+    torchrun --standalone --nproc-per-node 3 tests/parity_worker.py DATA row_wise,column_wise 1,3 [section.key=value ...]
+
+Each rank trains its part with sharded tables and a ZeRO engine, and, beside it, the whole global
+batch with plain modules. For every sharding and stage:
+
+* SGD: the first step's gradients of all parameters, and all parameters after 3 steps, to 1e-6.
+* Adagrad (row-wise where rows are whole) and AdamW: the losses of 20 steps, to 1e-5.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from dist_rec.config import Config, apply_overrides
+from dist_rec.embeddings.sharding import OPTIMIZERS, optimizer_arguments, table_weights
+from dist_rec.embeddings.tables import EmbeddingTables, initial_rows
+from dist_rec.layers.reduction import Reduction
+from dist_rec.strict import from_dict
+from dist_rec.training.collectives import DistributedReduction
+from dist_rec.training.engine import full_parameters, make_engine, parameter_groups
+from dist_rec.training.hybrid import Hybrid
+from dist_rec.training.process import choose_device, process_group
+from dist_rec.training.setup import build_model, build_stream, build_tables, prepare
+
+RATE = 0.5
+
+
+class Reference:
+    """Plain modules on the whole global batch: what every layout must equal."""
+
+    def __init__(self, prepared, device):
+        config = prepared.config
+        self.device = device
+        self.stream = build_stream(prepared, "train", 0, 1)
+        self.tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, device)
+        specs = {spec.name: spec for spec in prepared.specs}
+        with torch.no_grad():
+            for name, weight in self.weights().items():
+                weight.copy_(initial_rows(specs[name], config.tables, config.run.seed, 0, specs[name].rows))
+        self.model = build_model(prepared, Reduction()).to(device)
+        dense = torch.optim.SGD if config.dense.optimizer == "sgd" else torch.optim.AdamW
+        self.optimizers = [
+            OPTIMIZERS[config.tables.optimizer](self.tables.parameters(), **optimizer_arguments(config.tables)),
+            dense(parameter_groups(self.model, config.dense, config.text), lr=config.dense.learning_rate),
+        ]
+
+    def weights(self):
+        return {name.split(".")[-2]: p for name, p in self.tables.named_parameters()}
+
+    def parameters(self):
+        return {**self.weights(), **dict(self.model.named_parameters())}
+
+    def step(self, epoch, step):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        batch = self.stream.batch(epoch, step).to(self.device)
+        output = self.model(self.tables.vectors(self.tables(batch)), batch)
+        output["loss"].backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return output["losses"]
+
+
+def make_hybrid(prepared, process):
+    config = prepared.config
+    stream = build_stream(prepared, "train", process.rank, process.world_size)
+    tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
+    engine = make_engine(
+        build_model(prepared, DistributedReduction()),
+        config.dense,
+        config.text,
+        stream.batch_rows,
+        process.world_size,
+        process.device,
+    )
+    return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
+
+
+def whole(hybrid):
+    """Every parameter of the hybrid, whole, by name."""
+    found = full_parameters(hybrid.engine)
+    for name, weight in sorted(table_weights(hybrid.sharded).items()):
+        out = torch.zeros(weight.size(), device=hybrid.device)
+        for local in weight.local_shards():
+            (row, column), (rows, columns) = local.metadata.shard_offsets, local.metadata.shard_sizes
+            out[row : row + rows, column : column + columns] = local.tensor.detach()
+        dist.all_reduce(out)
+        found[name] = out.cpu()
+    return found
+
+
+def largest_difference(found, wanted):
+    worst = max(wanted, key=lambda name: (found[name] - wanted[name]).abs().max())
+    return float((found[worst] - wanted[worst]).abs().max()), worst
+
+
+def copy(parameters):
+    return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+
+
+def check_sgd(prepared, process, layout):
+    stream, hybrid = make_hybrid(prepared, process)
+    reference = Reference(prepared, process.device)
+    start = copy(reference.parameters())
+    batches = stream.batches(0, 0, 3)
+    for step in range(3):
+        reference.step(0, step)
+        hybrid.train_step(batches)
+        if step == 0:
+            wanted = {name: p.grad.detach().cpu().clone() for name, p in reference.parameters().items()}
+            found = {name: (start[name] - p) / RATE for name, p in whole(hybrid).items()}
+            report(layout, "first-step gradient", *largest_difference(found, wanted), 1e-6)
+    report(layout, "SGD parameters", *largest_difference(whole(hybrid), copy(reference.parameters())), 1e-6)
+
+
+def check_adaptive(prepared, process, layout):
+    stream, hybrid = make_hybrid(prepared, process)
+    reference = Reference(prepared, process.device)
+    done, worst = 0, 0.0
+    for epoch in range(20):
+        batches = stream.batches(epoch, 0, min(stream.steps, 20 - done))
+        for step in range(min(stream.steps, 20 - done)):
+            wanted, found = reference.step(epoch, step), hybrid.train_step(batches)["losses"]
+            worst = max(worst, *(abs(float(found[name]) - float(wanted[name])) for name in wanted))
+            done += 1
+    assert done == 20
+    report(layout, "losses of 20 steps", worst, "", 1e-5)
+
+
+FAULTS = []
+
+
+def report(layout, what, difference, where, limit):
+    good = difference <= limit
+    if dist.get_rank() == 0:
+        print(f"{'ok  ' if good else 'FAIL'} {layout:32s} {what:22s} {difference:.2e} {where}", flush=True)
+    if not good:
+        FAULTS.append((layout, what))
+
+
+def main():
+    data, shardings, stages, *overrides = sys.argv[1:]
+    base = {
+        "data": {"train": data, "batch_size": 40, "streams": 8, "shuffle_window": 64},
+        "tables": {"dim": 24, "init_std": 0.3},
+        "model": {"width": 16, "history": {"dropout": 0.0, "feedforward": 16}, "regulariser": {"kind": "js"}},
+    }
+    apply_overrides(base, dict(o.split("=", 1) for o in overrides))
+    from_dict(Config, base, "parity")
+    device = choose_device(from_dict(Config, base, "parity"))
+    with process_group(from_dict(Config, base, "parity"), device) as process:
+        for sharding in shardings.split(","):
+            for stage in map(int, stages.split(",")):
+                layout = f"{process.world_size} ranks {sharding} ZeRO-{stage}"
+                base["tables"]["sharding"] = sharding
+                sgd = {"optimizer": "sgd", "learning_rate": RATE}
+                base["dense"] = {"zero_stage": stage, **sgd}
+                base["tables"] |= sgd
+                base.setdefault("text", {})["learning_rate"] = RATE
+                check_sgd(prepare(from_dict(Config, base, "parity")), process, layout)
+                base["dense"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
+                base["text"]["learning_rate"] = 1e-3
+                rows_whole = sharding != "column_wise"
+                base["tables"] |= {
+                    "optimizer": "rowwise_adagrad" if rows_whole else "adagrad",
+                    "learning_rate": 0.02,
+                }
+                check_adaptive(prepare(from_dict(Config, base, "parity")), process, layout)
+    sys.exit(1 if FAULTS else 0)
+
+
+main()
