@@ -59,7 +59,7 @@ class Reference:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         batch = self.stream.batch(epoch, step).to(self.device)
-        output = self.model(self.tables.vectors(self.tables(batch)), batch)
+        output = self.model(self.tables.vectors(self.tables(batch), batch), batch)
         output["loss"].backward()
         for optimizer in self.optimizers:
             optimizer.step()

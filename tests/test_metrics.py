@@ -19,7 +19,7 @@ import torch
 
 from dist_rec.errors import UserError
 from dist_rec.training.exchange import Exchange
-from dist_rec.training.metrics import Evaluation
+from dist_rec.training.metrics import Evaluation, _fixed, _mean
 
 DOMAINS = ["web", "shop", "silent", "void"]
 TASKS = ["ctr", "relevance"]
@@ -31,7 +31,6 @@ def table(task: str, rows: int = 3000, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows with tied scores, missing labels, unknown keys, a domain without positives and one without rows."""
     rng = np.random.default_rng([seed, TASKS.index(task)])
     domain = rng.choice(3, rows, p=[0.5, 0.4, 0.1])
-    # Averaged judgements: sums of 2^gain over a tie then depend on the order of adding.
     grades = [0, 1, 4 / 3, 5 / 3, 2, 7 / 3, 3] if task == "relevance" else [0, 1]
     gain = np.where(domain == 2, 0, rng.choice(grades, rows)).astype(np.float32)
     maximum = gain.max()
@@ -185,6 +184,25 @@ def test_huge_gains_do_not_overflow_and_ideal_order_is_one():
     discounts = 1 / np.log2([2, 3])
     swapped = one_task(scores=torch.tensor([0.5, 0.9, 0.1]), labels=labels, gains=gains, query=query)["ndcg@3"]
     assert swapped == pytest.approx(np.dot([0.5, 1], discounts) / np.dot([1, 0.5], discounts), rel=1e-12)
+
+
+def test_ndcg_of_a_tie_has_no_rounding_by_row_order():
+    rng = np.random.default_rng(0)
+    gains = torch.as_tensor(rng.random(40))
+    found = set()
+    for _ in range(20):
+        columns = {"scores": torch.full((40,), 0.5), "query": torch.zeros(40, dtype=torch.int64)}
+        shuffled = gains[torch.as_tensor(rng.permutation(40))]
+        found.add(one_task(labels=shuffled, gains=shuffled, **columns)["ndcg@3"])
+    assert len(found) == 1
+
+
+def test_sums_are_good_to_the_last_bit_and_cannot_overflow():
+    values = np.random.default_rng(0).exponential(5, 10_000)
+    fixed = _fixed(values)
+    assert int(abs(fixed[:, 1]).max()) * 2**31 < 2**63  # two billion rows
+    exact = math.fsum(values) / len(values)
+    assert _mean(fixed.sum(axis=0), len(values)) == pytest.approx(exact, rel=1e-15)
 
 
 def test_bfloat16_scores_are_read():

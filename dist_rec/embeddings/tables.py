@@ -79,16 +79,15 @@ def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> li
     return specs
 
 
-def _pooled(jagged: JaggedTensor, mean: bool) -> Tensor:
-    """One vector a row, `[B, dim]`: the sum or mean of its vectors `[N, dim]`."""
+def _pooled(jagged: JaggedTensor) -> Tensor:
+    """Sum of each row's vectors, `[B, dim]`."""
     values, lengths = jagged.values(), jagged.lengths()
     row = torch.repeat_interleave(lengths, output_size=values.shape[0])
-    pooled = values.new_zeros(lengths.shape[0], values.shape[1]).index_add(0, row, values)
-    return pooled / lengths.clamp(min=1).unsqueeze(1) if mean else pooled
+    return values.new_zeros(lengths.shape[0], values.shape[1]).index_add(0, row, values)
 
 
 class EmbeddingTables(nn.Module):
-    """All tables of a model: `vectors(tables(batch))`.
+    """All tables of a model: `vectors(tables(batch), batch)`.
 
     `forward` only looks up, in two calls that TorchRec's pipeline can trace and run ahead;
     `vectors` makes of the answer what models take.
@@ -98,7 +97,6 @@ class EmbeddingTables(nn.Module):
         super().__init__()
         bags = [s for s in specs if not s.sequence]
         sequences = [s for s in specs if s.sequence]
-        pooling = PoolingType.MEAN if config.pooling == "mean" else PoolingType.SUM
         self.bags = self.sequences = None
         if bags:
             self.bags = EmbeddingBagCollection(
@@ -108,7 +106,9 @@ class EmbeddingTables(nn.Module):
                         num_embeddings=s.rows,
                         embedding_dim=s.dim,
                         feature_names=list(s.features),
-                        pooling=pooling,
+                        # TorchRec's own mean divides by other features' lengths when one collection
+                        # has row-wise and table-wise tables: sum here, divide in `vectors`.
+                        pooling=PoolingType.SUM,
                     )
                     for s in bags
                 ],
@@ -127,6 +127,8 @@ class EmbeddingTables(nn.Module):
         used = [f for s in sequences for f in s.features]
         self.history_features = [f for f in used if schema.features[f].role == "history"]
         self.single_features = [f for f in used if schema.features[f].role != "history"]
+        self.list_features = {f for s in specs for f in s.features if schema.features[f].kind == "ids"}
+        self.list_features -= set(self.history_features)
         self.mean = config.pooling == "mean"
 
     def forward(self, batch: Batch) -> tuple[KeyedTensor | None, dict[str, JaggedTensor] | None]:
@@ -134,15 +136,20 @@ class EmbeddingTables(nn.Module):
         sequences = self.sequences(batch.ids) if self.sequences is not None else None
         return bags, sequences
 
-    def vectors(self, looked_up: tuple[KeyedTensor | None, dict[str, JaggedTensor] | None]) -> dict[str, Tensor]:
+    def vectors(
+        self, looked_up: tuple[KeyedTensor | None, dict[str, JaggedTensor] | None], batch: Batch
+    ) -> dict[str, Tensor]:
         """Per feature `[B, dim]`, pooled over the row's ids and zero where it has none; per history
         feature `[N, dim]`, the vectors of all events, rows concatenated."""
         bags, sequences = looked_up
         found = dict(bags.to_dict()) if bags is not None else {}
-        for name in self.history_features:
-            found[name] = sequences[name].values()
-        for name in self.single_features:
-            found[name] = _pooled(sequences[name], self.mean)
+        found |= {name: _pooled(sequences[name]) for name in self.single_features}
+        if self.mean:
+            lengths = batch.ids.lengths().view(len(batch.ids.keys()), -1, 1)
+            for i, name in enumerate(batch.ids.keys()):
+                if name in self.list_features:
+                    found[name] = found[name] / lengths[i].clamp(min=1)
+        found |= {name: sequences[name].values() for name in self.history_features}
         return found
 
 

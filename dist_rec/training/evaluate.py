@@ -48,7 +48,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
             for batch in batches:
                 batch = batch.to(device, non_blocking=True)
                 with torch.no_grad():
-                    yield batch, model(tables.vectors(sharded(batch)), batch)
+                    yield batch, model(tables.vectors(sharded(batch), batch), batch)
 
         started = time.monotonic()
         tasks = {task: spec.label for task, spec in model.tasks.items()}

@@ -89,7 +89,7 @@ class Hybrid:
         self.pipeline.engine = engine
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        output = self.engine(self.tables.vectors(self.sharded(batch)), batch)
+        output = self.engine(self.tables.vectors(self.sharded(batch), batch), batch)
         return output["loss"], output
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Any] | None:
