@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,8 +28,12 @@ app = typer.Typer(
 shards = typer.Typer(help="Raw tables to shards; what is in them; every checksum and row.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
 
+bench = typer.Typer(help="The measurements that the documents quote.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Ranks = Annotated[int, typer.Option(help="Start this many ranks here, as torchrun would; leave out under torchrun.")]
+ECHO_SECONDS = 10
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -106,7 +112,7 @@ def embed(
     data: Annotated[list[str], typer.Argument(help="Data sets, or folders above their splits.")],
     model: Annotated[str, typer.Option(help="Hugging Face folder or package:PACKAGE/FOLDER.")],
     out: Annotated[str, typer.Option(help="Folder of the vector store; an existing one is extended.")],
-    batch_tokens: Annotated[int, typer.Option(help="Tokens, padding included, at once.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens, padding included, at once; 0 is 512 on CPU, 32768 on CUDA.")] = 0,
     dtype: Annotated[str, typer.Option(help="Precision of the model: fp32, bf16 or fp16.")] = "fp32",
     store_dtype: Annotated[str, typer.Option(help="Precision of the store: float16 or float32.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -119,7 +125,14 @@ def embed(
     from .text.embed import embed as run
 
     result = run(
-        data, model, out, batch_tokens=batch_tokens, dtype=dtype, store_dtype=store_dtype, device=device, overwrite=overwrite
+        data,
+        model,
+        out,
+        batch_tokens=batch_tokens or None,
+        dtype=dtype,
+        store_dtype=store_dtype,
+        device=device,
+        overwrite=overwrite,
     )
     if _is_main():
         print(f"{out}: {result.count:,} texts, {result.added:,} new, {result.texts_per_second:,.0f} texts/s")
@@ -129,10 +142,10 @@ def embed(
 @app.command(context_settings=WITH_OVERRIDES)
 def train(context: typer.Context, config: Path, nproc_per_node: Ranks = 0, as_json: Json = False) -> None:
     """Train a config (under torchrun, or alone); any key is overridden by --section.key value."""
-    _launch_if_asked(nproc_per_node)
     from .config import load_config
 
     loaded = load_config(config, _overrides(context.args))
+    _launch_if_asked(nproc_per_node)
     from .report import print_evaluation
     from .training.trainer import train as run
 
@@ -152,10 +165,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics of a trained run, per domain and per task; --section.key value overrides its config."""
-    _launch_if_asked(nproc_per_node)
     from .config import load_config
 
     loaded = load_config(run / "config.yaml", _overrides(context.args))
+    _launch_if_asked(nproc_per_node)
     from .report import print_evaluation
     from .training.evaluate import evaluate_run
 
@@ -163,6 +176,23 @@ def evaluate(
     if _is_main():
         print_evaluation(evaluation, run)
         _print_json(as_json, {"run": str(run), **evaluation})
+
+
+@bench.command("experiment")
+def bench_experiment(
+    config: Annotated[Path, typer.Argument(help="An experiment of configs/experiments.")],
+    results: Annotated[Path, typer.Option(help="JSON list of results; runs that it has are not repeated.")],
+    only: Annotated[list[str], typer.Option(help="NAME or SPLIT/NAME; repeatable; default all.")] = [],
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
+    nproc_per_node: Ranks = 1,
+    as_json: Json = False,
+) -> None:
+    """Repeat a published protocol: every variant, split and seed of an experiment file."""
+    from .bench.experiment import print_results, run_experiment
+
+    done = run_experiment(config, results, nproc_per_node, only, runs)
+    print_results(done)
+    _print_json(as_json, {"results": done})
 
 
 @app.command()
@@ -219,21 +249,44 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"dist-rec: {rank}{error}", file=sys.stderr)
+        _complain(str(error))
         code = 2
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
         code = 130
     except Exception as error:
-        if hasattr(error, "exit_code") and hasattr(error, "show"):
-            error.show()
-            code = error.exit_code
-        else:
-            raise
+        code = _end_of(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if code and "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)
+
+
+def _complain(message: str) -> None:
+    """Say the user's fault on stderr, once for all ranks that meet it."""
+    from .launch import first_to_say
+
+    if first_to_say(message):
+        # Before the ranks have met, a fault belongs to none of them.
+        met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        rank = f"rank {os.environ['RANK']}: " if met and int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"dist-rec: {rank}{message}", file=sys.stderr)
+
+
+def _end_of(error: Exception) -> int:
+    """Exit code of an exception that is no UserError, after saying what there is to say."""
+    from .launch import first_to_say, is_echo
+
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        if first_to_say(str(error)):
+            error.show()
+        return error.exit_code
+    if is_echo(error):
+        # If the lost rank was of this host, its agent ends this one meanwhile: the cause is told there.
+        time.sleep(ECHO_SECONDS)
+        print(f"dist-rec: rank {os.environ['RANK']}: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    traceback.print_exception(error)
+    return 1

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .errors import UserError, nearest
 from .strict import from_dict, read_yaml, strict, to_dict
+
+Width = Annotated[int, Field(ge=1)]
+
+
+def _check_multiple(batch_size: int, streams: int) -> None:
+    if batch_size % streams:
+        near = max(batch_size // streams, 1) * streams
+        raise ValueError(
+            f"batch_size {batch_size} is not a multiple of data.streams {streams}: take {near}, for instance"
+        )
 
 
 @strict
@@ -49,21 +59,22 @@ class DataConfig:
     streams: int = Field(default=8, ge=1)
     shuffle_window: int = Field(default=262144, ge=0)
     domains: list[str] = field(default_factory=list)
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = field(default_factory=dict)
     drop_last: bool = False
     read_ahead: int = Field(default=4, ge=1)
     exclude_features: list[str] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _batch_divides(self):
-        if self.batch_size % self.streams:
-            lower = max(self.batch_size // self.streams, 1) * self.streams
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of streams {self.streams}: take {lower}, for instance"
-            )
-        if any(w < 0 for w in self.weights.values()) or (self.weights and sum(self.weights.values()) <= 0):
-            raise ValueError("weights must be >= 0, and not all 0")
+        _check_multiple(self.batch_size, self.streams)
         return self
+
+    @field_validator("weights")
+    @classmethod
+    def _some_weight(cls, weights: dict[str, float]) -> dict[str, float]:
+        if weights and not any(weights.values()):
+            raise ValueError("not all weights may be 0")
+        return weights
 
 
 ShardingName = Literal["auto", "table_wise", "column_wise", "row_wise"]
@@ -165,15 +176,9 @@ class BodyConfig:
     specific_experts: int = Field(default=2, ge=1)
     specific_to: Literal["domain", "task"] = "domain"
     levels: int = Field(default=1, ge=1)
-    expert_hidden: list[int] = field(default_factory=lambda: [64])
-    tower_hidden: list[int] = field(default_factory=lambda: [32])
+    expert_hidden: list[Width] = Field(default_factory=lambda: [64], min_length=1)
+    tower_hidden: list[Width] = field(default_factory=lambda: [32])
     dropout: float = Field(default=0.0, ge=0, lt=1)
-
-    @model_validator(mode="after")
-    def _sizes(self):
-        if not self.expert_hidden or min(self.expert_hidden + self.tower_hidden) < 1:
-            raise ValueError("expert_hidden needs at least one width, and widths are >= 1")
-        return self
 
 
 @strict
@@ -251,22 +256,26 @@ class DenseConfig:
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
 
-    @model_validator(mode="after")
-    def _refused(self):
-        if self.precision == "fp16":
+    @field_validator("precision")
+    @classmethod
+    def _no_fp16(cls, precision: str, before: ValidationInfo) -> str:
+        if precision == "fp16":
             raise ValueError(
-                "precision: fp16 is refused, because loss scaling reaches the tables' in-backward optimizer too "
-                "late to be undone: use bf16"
+                "fp16 is refused, because loss scaling reaches the tables' in-backward optimizer too late to be "
+                "undone: use bf16"
             )
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("precision: bf16 with zero_stage: 0 is not trusted: use zero_stage 1, 2 or 3")
-        if self.gradient_accumulation != 1:
-            raise ValueError(
-                "gradient_accumulation must be 1, because tables step on every micro-batch: raise data.batch_size"
-            )
-        return self
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"must be fp32 or bf16, got {precision!r}")
+        if precision == "bf16" and before.data.get("zero_stage") == 0:
+            raise ValueError("bf16 with zero_stage: 0 is not trusted: use zero_stage 1, 2 or 3")
+        return precision
+
+    @field_validator("gradient_accumulation")
+    @classmethod
+    def _no_accumulation(cls, micro_batches: int) -> int:
+        if micro_batches != 1:
+            raise ValueError("must be 1, because tables step on every micro-batch: raise data.batch_size instead")
+        return micro_batches
 
 
 @strict
@@ -307,6 +316,13 @@ class Config:
     dense: DenseConfig = field(default_factory=DenseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @field_validator("evaluate")
+    @classmethod
+    def _evaluated_batch_divides(cls, evaluate: EvaluateConfig, before: ValidationInfo) -> EvaluateConfig:
+        if "data" in before.data:
+            _check_multiple(evaluate.batch_size, before.data["data"].streams)
+        return evaluate
 
     @property
     def run_folder(self) -> Path:

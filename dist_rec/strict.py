@@ -7,6 +7,7 @@ name the place, the fault and, for a mistyped key, the nearest known key.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
@@ -20,6 +21,8 @@ from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from .errors import UserError, nearest
 
 T = TypeVar("T")
+
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 @typing.dataclass_transform(kw_only_default=True)
@@ -62,17 +65,34 @@ def faults_of(error: pydantic.ValidationError, root: type) -> list[str]:
     for fault in error.errors(include_url=False):
         place = tuple(fault["loc"])
         where = ".".join(str(p) for p in place) or root.__name__
-        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if fault["type"] in _UNKNOWN:
             known = _known_keys(root, place)
             lines.append(f"{where}: unknown key.{nearest(str(place[-1]), known)}")
         elif fault["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
             lines.append(f"{where}: is required.")
+        elif fault["type"] == "dataclass_type":
+            lines.append(f"{where}: is a section: write its keys below it, or leave it out.")
+        elif fault["type"] == "value_error":
+            lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
         else:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = fault["msg"]
             shown = fault.get("input")
             small = isinstance(shown, str | int | float | bool | type(None))
             lines.append(f"{where}: {message}" + (f" (got {shown!r})" if small else ""))
     return lines
+
+
+def _without_unknown_keys(data: Any, error: pydantic.ValidationError) -> Any:
+    """A copy of `data` that lacks the keys which `error` calls unknown."""
+    kept = copy.deepcopy(data)
+    for fault in error.errors(include_url=False):
+        if fault["type"] in _UNKNOWN:
+            *sections, last = fault["loc"]
+            place = kept
+            for key in sections:
+                place = place[key]
+            del place[last]
+    return kept
 
 
 def from_dict(cls: type[T], data: Any, origin: str) -> T:
@@ -86,10 +106,17 @@ def from_dict(cls: type[T], data: Any, origin: str) -> T:
     Raises:
         UserError: with every fault, one a line.
     """
+    adapter = pydantic.TypeAdapter(cls)
     try:
-        return pydantic.TypeAdapter(cls).validate_python(data)
+        return adapter.validate_python(data)
     except pydantic.ValidationError as error:
-        faults = "\n".join(f"  - {line}" for line in faults_of(error, cls))
+        lines = faults_of(error, cls)
+        try:
+            # An unknown key keeps the checks over several keys of its section from running.
+            adapter.validate_python(_without_unknown_keys(data, error))
+        except pydantic.ValidationError as again:
+            lines += [line for line in faults_of(again, cls) if line not in lines]
+        faults = "\n".join(f"  - {line}" for line in lines)
         raise UserError(f"{origin} is not valid:\n{faults}") from None
 
 

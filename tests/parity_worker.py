@@ -151,7 +151,6 @@ def main():
         "model": {"width": 16, "history": {"dropout": 0.0, "feedforward": 16}, "regulariser": {"kind": "js"}},
     }
     apply_overrides(base, dict(o.split("=", 1) for o in overrides))
-    from_dict(Config, base, "parity")
     device = choose_device(from_dict(Config, base, "parity"))
     with process_group(from_dict(Config, base, "parity"), device) as process:
         for sharding in shardings.split(","):

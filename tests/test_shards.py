@@ -9,12 +9,14 @@ import logging
 import random
 import tarfile
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 from toy_shards import SMALL, TOKENIZER, digests, read, schema, small_rows, values, write
 
+from dist_rec.data import encode
 from dist_rec.data.blocks import text_key
 from dist_rec.data.build import Join, Split, build, parse_split
 from dist_rec.data.index import read_index
@@ -260,6 +262,38 @@ def test_same_bytes_whatever_the_workers(tmp_path):
     build(SMALL, [source], str(tmp_path / "2"), split=Split("random"), workers=1, seed=4, overwrite=True)
     assert digests(tmp_path / "2") != one
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def polluted(column: pa.Array, byte: int) -> pa.Array:
+    """The same values; `byte` stands under every null, and in the bits behind the last row's."""
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    behind = [(byte >> i) & 1 for i in range(-len(column) % 8)]
+    bitmap = np.packbits([*valid, *behind], bitorder="little").tobytes()
+    hidden = [byte] if pa.types.is_list(column.type) else byte
+    filled = pa.array([hidden if value is None else value for value in column.to_pylist()], column.type)
+    children = [filled.values] if pa.types.is_list(column.type) else None
+    return pa.Array.from_buffers(
+        column.type, len(column), [pa.py_buffer(bitmap), filled.buffers()[1]], children=children
+    )
+
+
+def test_what_memory_held_under_nulls_is_not_in_the_bytes(tmp_path, monkeypatch):
+    unpack, types = encode.unpack, set()
+
+    def unpack_polluted(data: bytes) -> pa.RecordBatch:
+        batch = unpack(data)
+        types.update(str(column.type) for column in batch.columns if column.null_count)
+        columns = [polluted(column, byte) if column.null_count else column for column in batch.columns]
+        return pa.record_batch(columns, schema=batch.schema)
+
+    source = write(tmp_path / "raw.jsonl", ROWS)
+    events = write(tmp_path / "rows.parquet", history_rows(200))
+    for byte in (0, 0x55, 0xAA):
+        monkeypatch.setattr(encode, "unpack", unpack_polluted if byte else unpack)
+        build(FULL, [source], str(tmp_path / str(byte) / "full"), workers=1)
+        build(HISTORY, [events], str(tmp_path / str(byte) / "events"), workers=1, block_rows=30, shard_rows=60)
+    assert {"int64", "double", "list<l: int64>", "list<l: float>"} <= types
+    assert digests(tmp_path / "0") == digests(tmp_path / "85") == digests(tmp_path / "170")
 
 
 def test_splits_deal_rows_as_told(tmp_path):

@@ -262,7 +262,7 @@ def make_block(data: bytes) -> EncodedBlock:
             column = _fixed(raw, feature.width)
             counts.total, counts.longest = feature.width * (n - raw.null_count), feature.width
         elif feature.kind in ("id", "ids"):
-            column = raw.cast(kind)
+            column = _defined(raw).cast(kind)
             _count_lengths(counts, raw)
             if schema.features[schema.table_of(name)].vocabulary.kind == "dictionary":
                 values = raw.flatten() if feature.kind == "ids" else raw
@@ -279,16 +279,40 @@ def make_block(data: bytes) -> EncodedBlock:
         features[name] = counts
     labels = {}
     for name, label in schema.labels.items():
-        column = batch.column(f"label:{name}").cast(pa.float32())
+        column = _defined(batch.column(f"label:{name}")).cast(pa.float32())
         values = column.drop_null().to_numpy(zero_copy_only=False)
         positive = int(np.count_nonzero(values >= label.maximum / 2))
         labels[name] = {"valid": len(values), "positive": positive, "missing": n - len(values)}
         columns.append(column)
-    columns += [batch.column(f"key:{key}").cast(pa.int64()) for key in KEY_NAMES if getattr(schema.keys, key)]
+    columns += [_defined(batch.column(f"key:{k}")).cast(pa.int64()) for k in KEY_NAMES if getattr(schema.keys, k)]
     payload = encode_block(pa.record_batch(columns, schema=_STATE.arrow_schema))
     times = batch.column("key:time").drop_null().to_numpy(zero_copy_only=False) if schema.keys.time else ()
     span = (int(times.min()), int(times.max())) if len(times) else None
     return EncodedBlock(payload, n, zlib.crc32(payload), span, features, labels)
+
+
+def _defined(column: pa.Array) -> pa.Array:
+    """The same numbers, or lists of numbers, with zeros under nulls and nothing under null lists.
+
+    The SQL engine leaves there what its memory held, and bitmaps end with bits of rows that were
+    cut off; both would stand in the block's bytes and make equal builds differ. For 64-bit values
+    only, before any cast to 32: the IPC writer pads to 8 bytes with whatever follows a slice.
+    """
+    if not column.null_count:
+        return column
+    null = column.is_null().to_numpy(zero_copy_only=False)
+    if isinstance(column, pa.ListArray):
+        lengths = column.value_lengths().fill_null(0).to_numpy()
+        values = column.flatten()
+        return pa.ListArray.from_arrays(_offsets(lengths), values, mask=pa.array(null))
+    return pa.array(column.fill_null(0).to_numpy(), column.type, mask=null)
+
+
+def _offsets(lengths: np.ndarray) -> pa.Array:
+    """Arrow's offsets of lists with these lengths."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.array(offsets)
 
 
 def _history(batch: pa.RecordBatch, name: str, max_length: int) -> pa.ListArray:
@@ -323,9 +347,8 @@ def _texts(raw: pa.Array, kind: pa.DataType) -> pa.Array:
     if not isinstance(raw, pa.ListArray):
         return coded
     lengths = raw.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    offsets = Ragged.from_lengths(indices, lengths).offsets.astype(np.int32)
-    null = ~raw.is_valid().to_numpy(zero_copy_only=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), coded, mask=pa.array(null)).cast(kind)
+    null = raw.is_null().to_numpy(zero_copy_only=False)
+    return pa.ListArray.from_arrays(_offsets(lengths), coded, mask=pa.array(null)).cast(kind)
 
 
 def _count_lengths(counts: FeatureCounts, raw: pa.Array) -> None:

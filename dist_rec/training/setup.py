@@ -100,8 +100,12 @@ def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
     names = train.schema.domains.names
     faults = check_names(names, list(data.weights), "data.weights") + check_names(names, data.domains, "data.domains")
     faults += check_names(list(train.schema.features), data.exclude_features, "data.exclude_features")
-    for domain in data.domains or names:
-        if domain in names and train.rows_of(domain) == 0 and data.weights.get(domain, 1.0) > 0:
+    weights = data.weights or dict.fromkeys(names, 1.0)
+    read = [d for d in data.domains or names if d in names and weights.get(d, 0.0) > 0]
+    if not read and not faults:
+        faults.append("data.weights gives no weight to any domain of data.domains")
+    for domain in read:
+        if train.rows_of(domain) == 0:
             faults.append(f"domain {domain!r} has no rows in {data.train}: name those to train on in data.domains")
     for split, index in indexes.items():
         if index is not None and index.schema != train.schema:

@@ -7,7 +7,9 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,9 @@ from .tracking import NoTracker, Tracker
 def quieten() -> None:
     """Silence the engines' chatter, which is neither an error nor actionable."""
     warnings.filterwarnings("ignore", module=r"(torch|torchrec|deepspeed|fbgemm_gpu|tensordict)\b.*")
-    for name in ("torchrec", "fbgemm_gpu", "DeepSpeed", "root"):
+    # Blamed on the caller's line, which is ours.
+    warnings.filterwarnings("ignore", message=".*ShardedTensor", category=FutureWarning)
+    for name in ("torch", "torchrec", "fbgemm_gpu", "DeepSpeed", "root"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -58,9 +62,10 @@ class Trainer:
         tables, sharded, plan = build_tables(prepared, process, self.stream.batch_rows)
         self.plan = describe_plan(plan)
         model = build_model(prepared, DistributedReduction())
-        self.engine = make_engine(
-            model, config.dense, config.text, self.stream.batch_rows, process.world_size, process.device
-        )
+        with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
+            self.engine = make_engine(
+                model, config.dense, config.text, self.stream.batch_rows, process.world_size, process.device
+            )
         self.hybrid = Hybrid(
             tables,
             sharded,

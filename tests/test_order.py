@@ -1,0 +1,231 @@
+"""Canonical order: which rows make which global batch depends on seed, epoch and index alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_shards import schema
+
+from dist_rec.data.index import Index
+from dist_rec.data.order import Order, quotas
+from dist_rec.data.rows import Rows
+from dist_rec.data.stream import Stream
+from dist_rec.errors import UserError
+from dist_rec.strict import from_dict, to_dict
+
+
+@dataclass(frozen=True)
+class Case:
+    """A data set, as the block lengths of each domain, and how it is read."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    streams: int = 8
+    per_stream: int = 3
+    window: int = 50
+    seed: int = 0
+    weights: tuple[float, ...] | None = None
+    drop_last: bool = False
+
+    def index(self) -> Index:
+        names = [f"d{i}" for i in range(len(self.blocks))]
+        toy = schema({"x": {"role": "user", "kind": "dense"}}, domains=names)
+        shards = []
+        for name, lengths in zip(names, self.blocks, strict=True):
+            # Two blocks a shard, as a real data set has several of each.
+            for first in range(0, len(lengths), 2):
+                infos = [
+                    {"name": f"{first + i}", "rows": n, "offset": 0, "bytes": 1, "crc32": 0}
+                    for i, n in enumerate(lengths[first : first + 2])
+                ]
+                shards.append(
+                    {"file": f"{name}-{first}.tar", "domain": name, "bytes": 1, "sha256": "", "blocks": infos}
+                )
+        tree = {"format": "dist_rec/1", "name": "toy", "split": "train", "schema": to_dict(toy)}
+        return from_dict(Index, tree | {"statistics": {}, "label_counts": {}, "shards": shards}, "toy")
+
+    def order(self) -> Order:
+        return Order(
+            self.index(),
+            streams=self.streams,
+            batch_size=self.streams * self.per_stream,
+            window=self.window,
+            seed=self.seed,
+            weights=None if self.weights is None else list(self.weights),
+            drop_last=self.drop_last,
+        )
+
+    def rank(self, rank: int = 0, world_size: int = 1) -> Stream:
+        """A rank's stream over numbered rows instead of files."""
+        index = self.index()
+        stream = Stream("nowhere", index, self.order(), [], rank=rank, world_size=world_size)
+        for logical in stream.streams:
+            logical.reader = _Numbered(index)
+        return stream
+
+    @property
+    def rows(self) -> int:
+        return sum(map(sum, self.blocks))
+
+
+class _Numbered:
+    """Blocks whose rows know nothing but their number in the data set."""
+
+    def __init__(self, index: Index) -> None:
+        lengths = [block.rows for shard in index.shards for block in shard.blocks]
+        names = index.schema.domains.names
+        self.domains = [names.index(shard.domain) for shard in index.shards for _ in shard.blocks]
+        self.edges = np.cumsum([0, *lengths])
+
+    def rows(self, number: int) -> Rows:
+        row = np.arange(self.edges[number], self.edges[number + 1])
+        unknown = np.full(len(row), -1, np.int64)
+        return Rows(
+            domain=np.full(len(row), self.domains[number]),
+            row=row,
+            dense={},
+            labels={"click": np.zeros(len(row), np.float32)},
+            keys={"user": unknown, "query": unknown, "time": unknown},
+        )
+
+
+def read(case: Case, world_size: int = 1, epoch: int = 0) -> list[list[int]]:
+    """The rows of every global batch, ranks one after another; checks what all ranks must share."""
+    ranks = [case.rank(r, world_size) for r in range(world_size)]
+    assert len({rank.steps for rank in ranks}) == len({rank.batch_rows for rank in ranks}) == 1
+    steps = []
+    for step in range(ranks[0].steps):
+        batches = [rank.batch(epoch, step) for rank in ranks]
+        assert {len(batch) for batch in batches} == {ranks[0].batch_rows}
+        assert all((batch.row >= 0).equal(batch.valid) for batch in batches)
+        steps.append([int(row) for batch in batches for row in batch.row[batch.valid]])
+    return steps
+
+
+def flat(steps: list[list[int]]) -> list[int]:
+    return [row for step in steps for row in step]
+
+
+LAYOUTS = {
+    "more blocks than ranks": Case(((20, 20, 20, 7), (20, 3), (2,))),
+    "fewer blocks than ranks": Case(((41,),), streams=5),
+    "fewer rows than streams": Case(((1,), (2, 1)), streams=16, per_stream=1),
+    "ragged blocks": Case(((1, 30, 2, 2, 9), (17,), (1,), (5, 5, 5)), streams=7, per_stream=4, window=21),
+    "in order": Case(((20, 20, 9), (13,), (1,)), streams=6, window=0),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_number_of_ranks_reads_every_row_once_and_the_same_global_batches(case):
+    alone = read(case)
+    assert Counter(flat(alone)) == Counter(range(case.rows))
+    for world_size in (2, 3, 5):
+        assert [sorted(step) for step in read(case, world_size)] == [sorted(step) for step in alone]
+
+
+blocks = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_every_layout_meets_its_quotas(data):
+    layout = data.draw(blocks)
+    weight = st.sampled_from([0.0, 0.5, 1.0, 3.0])
+    weights = st.tuples(*[weight] * len(layout)).filter(any)
+    case = Case(
+        layout,
+        streams=data.draw(st.integers(1, 9)),
+        per_stream=data.draw(st.integers(1, 6)),
+        window=data.draw(st.sampled_from([0, 1, 30, 1000])),
+        seed=data.draw(st.integers(0, 3)),
+        weights=data.draw(st.none() | weights),
+    )
+    order = case.order()
+    seen = Counter(flat(read(case, data.draw(st.integers(1, case.streams)))))
+    first = 0
+    for lengths, quota, numbers in zip(layout, order.quotas, order.summary().values(), strict=True):
+        rows = sum(lengths)
+        times = [seen.pop(row, 0) for row in range(first, first + rows)]
+        # As even as can be: no row is seen twice before all are seen once.
+        assert sum(times) == quota and max(times) - min(times) <= 1
+        assert numbers == {
+            "rows": rows,
+            "quota": quota,
+            "repeated": max(quota - rows, 0),
+            "left_out": max(rows - quota, 0),
+        }
+        first += rows
+    assert not seen
+
+
+def test_quotas_are_the_weights_shares():
+    assert quotas([70, 20, 10], None) == [70, 20, 10]
+    assert quotas([70, 20, 10], [1, 1, 1]) == [34, 33, 33]
+    assert quotas([70, 20, 10], [0, 3, 1]) == [0, 23, 7]
+    assert sum(quotas([10**9, 7, 3], [0.1, 0.7, 0.2])) == 10**9 + 10
+
+
+CASE = Case(((30, 30, 30, 11), (30, 9), (4,)), seed=3)
+
+
+def test_epochs_and_seeds_differ_and_runs_do_not():
+    first = read(CASE)
+    assert read(CASE) == first
+    for other in (read(CASE, epoch=1), read(replace(CASE, seed=4))):
+        assert other != first and sorted(flat(other)) == sorted(flat(first))
+        assert sum(a == b for a, b in zip(flat(first), flat(other), strict=True)) < CASE.rows / 4
+
+
+def test_shuffling_reaches_over_blocks_and_domains_keep_their_share():
+    whole = flat(read(replace(CASE, window=10**6)))
+    assert sum(abs(a - b) == 1 for a, b in zip(whole, whole[1:], strict=False)) < len(whole) / 5
+    # 101, 39 and 4 rows: a batch of 24 holds about 16.8, 6.5 and 0.7 of them when windows are small.
+    for step in read(replace(CASE, window=1))[:-1]:
+        big, middle = sum(row < 101 for row in step), sum(101 <= row < 140 for row in step)
+        assert 10 <= big <= 22 and 2 <= middle <= 13
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 1.0, 1.0)])
+def test_without_a_window_domains_are_read_in_index_order(weights):
+    case = replace(CASE, window=0, weights=weights)
+    for number in range(case.streams):
+        rank = case.rank(number, case.streams)
+        rows, domains = [], []
+        for step in range(rank.steps):
+            batch = rank.batch(0, step)
+            rows += batch.row[batch.valid].tolist()
+            domains += batch.domain[batch.valid].tolist()
+        for domain, (start, length) in enumerate(((0, 101), (101, 39), (140, 4))):
+            mine = [row - start for row, d in zip(rows, domains, strict=True) if d == domain]
+            assert mine == [(mine[0] + i) % length for i in range(len(mine))] if mine else True
+
+
+def test_the_short_last_batch_is_dropped_or_masked():
+    steps, dropped = read(CASE, 3), read(replace(CASE, drop_last=True), 3)
+    assert [len(step) for step in dropped] == [24] * 6
+    assert dropped == steps[:6] and len(steps) == 6
+    ragged = replace(CASE, per_stream=4)
+    steps, dropped = read(ragged, 3), read(replace(ragged, drop_last=True), 3)
+    assert [len(step) for step in steps] == [32] * 4 + [16]
+    assert dropped == steps[:4]
+    assert read(replace(CASE, per_stream=100, drop_last=True), 2) == []
+
+
+@pytest.mark.parametrize("window", [0, 5, 60, 1000])
+def test_skipping_to_a_step_equals_reading_up_to_it(window):
+    case = replace(CASE, window=window)
+    for rank, world_size in ((0, 1), (2, 3)):
+        read_on = case.rank(rank, world_size)
+        for epoch in (0, 1):
+            for step in range(read_on.steps):
+                there = case.rank(rank, world_size).batch(epoch, step)
+                assert read_on.batch(epoch, step).row.equal(there.row)
+
+
+def test_more_ranks_than_streams_are_refused():
+    with pytest.raises(UserError, match=r"9 ranks need at least as many logical streams, data.streams is 8"):
+        CASE.rank(0, 9)
