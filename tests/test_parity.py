@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import run_ranks
+from conftest import build_small, run_ranks
+
+from dist_rec.text.embed import embed
 
 
 def check_parity(ranks: int, data: str, shardings: str, stages: str, *overrides: str, seconds: float = 240) -> None:
@@ -39,3 +41,14 @@ def test_hybrid_parity_when_sharding_types_mix(small):
     check_parity(
         3, small, "row_wise", "1", "tables.overrides={tags: {sharding: table_wise}, user_id: {sharding: column_wise}}"
     )
+
+
+def test_hybrid_parity_of_texts(tmp_path, tiny_model):
+    """A co-trained language model in the engine, and frozen vectors; the last batches leave ranks without texts."""
+    data = build_small(tmp_path, tokenizer=tiny_model)
+    few_at_the_end = ("data.batch_size=104", "model.history.use_text=true")
+    full = ("text.mode=full", f"text.model={tiny_model}")
+    check_parity(2, data, "row_wise", "1,3", *full, *few_at_the_end)
+    check_parity(3, data, "column_wise", "1,3", *full, *few_at_the_end)
+    embed([data], tiny_model, str(tmp_path / "store"))
+    check_parity(3, data, "row_wise", "1", "text.mode=frozen", f"text.store={tmp_path / 'store'}", *few_at_the_end)

@@ -38,19 +38,6 @@ TITLES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> str:
-    """A random two-layer BERT, saved with its pooler as BERTs are, and a real tokenizer."""
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(**sizes, max_position_embeddings=64)).save_pretrained(folder)
-    shutil.copy(tokenizer_file(REAL), folder)
-    return str(folder)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
@@ -133,19 +120,19 @@ def test_masked_mean_is_float32_of_bfloat16_states():
     assert masked_mean(hidden, torch.ones(1, 512, dtype=torch.bool)).item() == 1.00390625
 
 
-def test_a_vector_does_not_depend_on_its_batch(tiny):
+def test_a_vector_does_not_depend_on_its_batch(tiny_model):
     rows = token_ids(TITLES)
-    encoder = load_text_encoder(tiny)
+    encoder = load_text_encoder(tiny_model)
     with torch.inference_mode():
         together = encoder(*padded(rows)).numpy()
         wider = encoder(*padded(rows, 60)).numpy()
-    np.testing.assert_allclose(together, reference(tiny, rows), atol=1e-5)
+    np.testing.assert_allclose(together, reference(tiny_model, rows), atol=1e-5)
     np.testing.assert_allclose(wider, together, atol=1e-5)
     assert encoder.width == 16 and encoder.max_tokens == 64
 
 
-def test_every_parameter_gets_a_finite_gradient_and_a_text_without_tokens_is_zero(tiny):
-    encoder = load_text_encoder(tiny).train()
+def test_every_parameter_gets_a_finite_gradient_and_a_text_without_tokens_is_zero(tiny_model):
+    encoder = load_text_encoder(tiny_model).train()
     attended = []
     encoder.model.register_forward_pre_hook(
         lambda _, __, given: attended.append(given["attention_mask"]), with_kwargs=True
@@ -159,11 +146,11 @@ def test_every_parameter_gets_a_finite_gradient_and_a_text_without_tokens_is_zer
     assert not any("pooler" in name for name, _ in encoder.named_parameters())
 
 
-def test_weights_that_lack_parameters_are_refused(tiny, tmp_path):
+def test_weights_that_lack_parameters_are_refused(tiny_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "model"
-    shutil.copytree(tiny, folder)
+    shutil.copytree(tiny_model, folder)
     weights = load_file(folder / "model.safetensors")
     del weights["encoder.layer.1.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -188,8 +175,8 @@ def test_a_missing_model_folder_is_refused(spec, message):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_an_incomplete_model_folder_names_what_is_missing(tiny, tmp_path, name):
-    shutil.copytree(tiny, tmp_path / "model")
+def test_an_incomplete_model_folder_names_what_is_missing(tiny_model, tmp_path, name):
+    shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / name).unlink()
     with pytest.raises(UserError, match=name.replace("model.safetensors", r"\*.safetensors")):
         resolve_model_folder(str(tmp_path / "model"))
@@ -207,50 +194,50 @@ def test_embed_equals_plain_transformers_on_a_real_model(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("in_memory", [0, 1 << 20])
-def test_store_round_trip(tiny, tmp_path, dtype, in_memory):
+def test_store_round_trip(tiny_model, tmp_path, dtype, in_memory):
     out = str(tmp_path / "store")
-    embed([write_data_set(tmp_path / "a", TITLES[:4])], tiny, out, store_dtype=dtype)
-    embed([write_data_set(tmp_path / "b", TITLES[3:])], tiny, out, store_dtype=dtype)
+    embed([write_data_set(tmp_path / "a", TITLES[:4])], tiny_model, out, store_dtype=dtype)
+    embed([write_data_set(tmp_path / "b", TITLES[3:])], tiny_model, out, store_dtype=dtype)
     store = VectorStore.open(out, in_memory)
     store.verify()
     assert len(store) == len(TITLES) and len(store.info.parts) == 2
     asked = [6, 0, 0, 5, 3, 2]
     vectors = store.lookup(keys_of([TITLES[i] for i in asked]))
-    expected = reference(tiny, token_ids(TITLES))[asked]
+    expected = reference(tiny_model, token_ids(TITLES))[asked]
     assert vectors.dtype == np.float32 and vectors.flags.writeable
     np.testing.assert_allclose(vectors, expected, atol=2e-3 if dtype == "float16" else 1e-5)
     assert store.lookup(np.zeros(0, np.int64)).shape == (0, 16)
 
 
-def test_a_missing_text_is_said_with_the_command_that_adds_it(tiny, tmp_path):
-    embed([write_data_set(tmp_path / "data", TITLES[:3])], tiny, str(tmp_path / "store"))
+def test_a_missing_text_is_said_with_the_command_that_adds_it(tiny_model, tmp_path):
+    embed([write_data_set(tmp_path / "data", TITLES[:3])], tiny_model, str(tmp_path / "store"))
     store = VectorStore.open(tmp_path / "store")
     biggest = np.array([2**63 - 1, 2**63 - 1], np.int64)
     with pytest.raises(UserError, match=r"2 of 4 texts have no vector.*dist-rec embed .*--out .*store"):
         store.lookup(np.concatenate([keys_of(TITLES[1:4]), biggest]))
 
 
-def test_another_tokenizer_is_refused(tiny, tmp_path):
+def test_another_tokenizer_is_refused(tiny_model, tmp_path):
     data = write_data_set(tmp_path / "data", TITLES)
-    embed([data], tiny, str(tmp_path / "store"))
+    embed([data], tiny_model, str(tmp_path / "store"))
     store = VectorStore.open(tmp_path / "store")
     store.check_tokenizer(None)
-    store.check_tokenizer(TokenizerInfo(name="x", fingerprint=tokenizer_fingerprint(tiny), max_length=8))
+    store.check_tokenizer(TokenizerInfo(name="x", fingerprint=tokenizer_fingerprint(tiny_model), max_length=8))
     with pytest.raises(UserError, match="token ids are of tokenizer 'other'"):
         store.check_tokenizer(TokenizerInfo(name="other", fingerprint="0" * 64, max_length=32))
-    shutil.copytree(tiny, tmp_path / "model")
+    shutil.copytree(tiny_model, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="not that of language model"):
         embed([data], str(tmp_path / "model"), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
 
-def test_only_new_texts_are_computed_and_old_vectors_stay(tiny, tmp_path, monkeypatch):
+def test_only_new_texts_are_computed_and_old_vectors_stay(tiny_model, tmp_path, monkeypatch):
     out = str(tmp_path / "store")
     first = write_data_set(tmp_path / "a", TITLES[:4])
-    embed([first], tiny, out)
+    embed([first], tiny_model, out)
     before = VectorStore.open(out).lookup(keys_of(TITLES[:4]))
-    result = embed([first, write_data_set(tmp_path / "b", TITLES[2:])], tiny, out)
+    result = embed([first, write_data_set(tmp_path / "b", TITLES[2:])], tiny_model, out)
     assert (result.count, result.added) == (len(TITLES), 3)
     store = VectorStore.open(out)
     assert [part.rows for part in store.info.parts] == [4, 3]
@@ -258,28 +245,28 @@ def test_only_new_texts_are_computed_and_old_vectors_stay(tiny, tmp_path, monkey
 
     published = read_store_info(out)
     monkeypatch.setattr(embed_module, "load_text_encoder", lambda *_: pytest.fail("the model is not needed"))
-    assert embed([first], tiny, out).added == 0
+    assert embed([first], tiny_model, out).added == 0
     assert read_store_info(out) == published
     assert sorted(path.name for path in Path(out).iterdir()) == sorted(
         ["store.json", published.index.file, *(part.file for part in published.parts)]
     )
 
 
-def test_a_store_of_another_recipe_is_refused_or_overwritten(tiny, tmp_path):
+def test_a_store_of_another_recipe_is_refused_or_overwritten(tiny_model, tmp_path):
     out, data = str(tmp_path / "store"), write_data_set(tmp_path / "data", TITLES)
-    embed([data], tiny, out)
+    embed([data], tiny_model, out)
     other = write_data_set(tmp_path / "other", TITLES[:2], max_length=8)
     with pytest.raises(UserError, match="(?s)max_tokens is 32, asked for is 8.*dtype is float16, asked for is float32"):
-        embed([other], tiny, out, store_dtype="float32")
+        embed([other], tiny_model, out, store_dtype="float32")
     with pytest.raises(UserError, match="different numbers of tokens"):
-        embed([data, other], tiny, out)
-    embed([other], tiny, out, overwrite=True)
+        embed([data, other], tiny_model, out)
+    embed([other], tiny_model, out, overwrite=True)
     assert len(VectorStore.open(out)) == 2
 
 
-def test_a_failing_embed_leaves_the_published_store_alone(tiny, tmp_path, monkeypatch):
+def test_a_failing_embed_leaves_the_published_store_alone(tiny_model, tmp_path, monkeypatch):
     out = str(tmp_path / "store")
-    embed([write_data_set(tmp_path / "a", TITLES[:4])], tiny, out)
+    embed([write_data_set(tmp_path / "a", TITLES[:4])], tiny_model, out)
     published = read_store_info(out)
     more = write_data_set(tmp_path / "b", TITLES)
 
@@ -289,21 +276,21 @@ def test_a_failing_embed_leaves_the_published_store_alone(tiny, tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(embed_module, "publish", fail)
         with pytest.raises(OSError, match="disk full"):
-            embed([more], tiny, out)
+            embed([more], tiny_model, out)
     assert read_store_info(out) == published
     VectorStore.open(out).verify()
-    assert embed([more], tiny, out).added == 3
+    assert embed([more], tiny_model, out).added == 3
 
 
-def test_texts_without_token_ids_are_tokenised_alike(tiny, tmp_path):
+def test_texts_without_token_ids_are_tokenised_alike(tiny_model, tmp_path):
     with_ids = write_data_set(tmp_path / "with", TITLES)
     without = write_data_set(tmp_path / "without", TITLES, tokenizer=None)
-    embed([with_ids], tiny, str(tmp_path / "a"), store_dtype="float32")
-    embed([without], tiny, str(tmp_path / "b"), store_dtype="float32", max_tokens=32)
+    embed([with_ids], tiny_model, str(tmp_path / "a"), store_dtype="float32")
+    embed([without], tiny_model, str(tmp_path / "b"), store_dtype="float32", max_tokens=32)
     a, b = VectorStore.open(tmp_path / "a"), VectorStore.open(tmp_path / "b")
     np.testing.assert_array_equal(a.lookup(a.keys), b.lookup(a.keys))
     with pytest.raises(UserError, match="takes at most 64"):
-        embed([without], tiny, str(tmp_path / "c"))
+        embed([without], tiny_model, str(tmp_path / "c"))
 
 
 def test_splits_and_their_parent_name_the_same_texts(tmp_path):
@@ -318,25 +305,25 @@ def test_splits_and_their_parent_name_the_same_texts(tmp_path):
         texts_module.find_text_files([root])
 
 
-def test_two_texts_of_one_key_are_refused(tiny, tmp_path, monkeypatch):
+def test_two_texts_of_one_key_are_refused(tiny_model, tmp_path, monkeypatch):
     wrong = write_data_set(tmp_path / "wrong", TITLES[:2], keys=keys_of(TITLES[1:3]))
     with pytest.raises(UserError, match="another text's key"):
-        embed([wrong], tiny, str(tmp_path / "store"))
+        embed([wrong], tiny_model, str(tmp_path / "store"))
 
     # A collision of 64-bit hashes cannot be had, so the hash is made worse.
     monkeypatch.setattr(texts_module, "text_key", len)
     a = write_data_set(tmp_path / "a", ["ab", "abc"], keys=[2, 3])
     b = write_data_set(tmp_path / "b", ["xy"], keys=[2])
     with pytest.raises(UserError, match="'xy' .key 2. has the key of a different text"):
-        embed([a, b], tiny, str(tmp_path / "store"))
-    embed([a, a + "/train"], tiny, str(tmp_path / "store"))
+        embed([a, b], tiny_model, str(tmp_path / "store"))
+    embed([a, a + "/train"], tiny_model, str(tmp_path / "store"))
     with pytest.raises(UserError, match="'xy' .key 2. has the key of a different text"):
-        embed([b], tiny, str(tmp_path / "store"))
+        embed([b], tiny_model, str(tmp_path / "store"))
 
 
-def test_a_damaged_store_is_refused(tiny, tmp_path):
+def test_a_damaged_store_is_refused(tiny_model, tmp_path):
     good = tmp_path / "good"
-    embed([write_data_set(tmp_path / "data", TITLES)], tiny, str(good))
+    embed([write_data_set(tmp_path / "data", TITLES)], tiny_model, str(good))
     info = read_store_info(good)
     with pytest.raises(UserError, match="no store of text vectors"):
         VectorStore.open(tmp_path)
@@ -362,14 +349,14 @@ def test_a_damaged_store_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match=f"checksum of {vectors}"):
         store.verify()
     damaged("store.json", lambda data: b"")
-    embed([str(tmp_path / "data")], tiny, str(tmp_path / "damaged"), overwrite=True)
+    embed([str(tmp_path / "data")], tiny_model, str(tmp_path / "damaged"), overwrite=True)
     VectorStore.open(tmp_path / "damaged").verify()
 
 
-def test_a_vector_that_is_not_finite_is_refused(tiny, tmp_path):
+def test_a_vector_that_is_not_finite_is_refused(tiny_model, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(tiny, tmp_path / "model")
+    shutil.copytree(tiny_model, tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["encoder.layer.1.output.LayerNorm.bias"].fill_(1e5)
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
@@ -388,9 +375,9 @@ def test_length_batches_cover_every_text_once_within_the_budget():
     assert computed < 1.1 * lengths.sum()
 
 
-def test_two_ranks_write_the_store_of_one(tiny, tmp_path):
+def test_two_ranks_write_the_store_of_one(tiny_model, tmp_path):
     data = write_data_set(tmp_path / "data", [f"{title} part {i}" for i in range(30) for title in TITLES])
-    embed([data], tiny, str(tmp_path / "one"), store_dtype="float32")
+    embed([data], tiny_model, str(tmp_path / "one"), store_dtype="float32")
     script = tmp_path / "job.py"
     script.write_text(
         "import sys; from dist_rec.text.embed import embed\n"
@@ -400,7 +387,7 @@ def test_two_ranks_write_the_store_of_one(tiny, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     job = subprocess.Popen(
-        [*command, data, tiny, str(tmp_path / "two")],
+        [*command, data, tiny_model, str(tmp_path / "two")],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:

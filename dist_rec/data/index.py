@@ -112,10 +112,11 @@ def read_index(root: str) -> Index:
         with fsspec.open(path, "rb") as file:
             text = file.read()
     except FileNotFoundError:
-        raise UserError(
-            f"no data set at {root}: {INDEX_NAME} is missing. Build one with "
-            "`dist-rec shards build` or a recipe of shards/recipes."
-        ) from None
+        splits = [join(root, split) for split in SPLITS if "://" not in root and os.path.isfile(join(root, split, INDEX_NAME))]
+        advice = "Build one with `dist-rec shards build` or a recipe of shards/recipes."
+        if splits:
+            advice = f"Its splits are data sets: name {' or '.join(splits)}."
+        raise UserError(f"no data set at {root}: {INDEX_NAME} is missing. {advice}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}.") from None
     try:

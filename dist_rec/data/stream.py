@@ -82,17 +82,18 @@ class ShardReader:
             self._decoded.move_to_end(number)
             return self._decoded[number]
         shard, block = self.places[number]
+        where = f"{join(self.root, shard.file)}, block {block.name}"
         rows = decode_block(
             self.payload(number),
             self.index.schema,
-            f"{join(self.root, shard.file)}, block {block.name}",
+            where,
             int(self.first_rows[number]),
             self.domain_of[shard.domain],
             self.features,
             self.with_tokens,
         )
         if len(rows) != block.rows:
-            raise UserError(f"{shard.file}, block {block.name}: has {len(rows)} rows, the index says {block.rows}.")
+            raise UserError(f"{where}: has {len(rows)} rows, the index says {block.rows}. Build the data set again.")
         self._decoded[number] = rows
         if len(self._decoded) > self.keep:
             self._decoded.popitem(last=False)

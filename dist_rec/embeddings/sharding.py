@@ -19,7 +19,7 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_a
 
 def optimizer_arguments(config: TablesConfig) -> dict[str, float]:
     """Keyword arguments of the tables' optimizer class."""
-    arguments = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    arguments = {"lr": config.learning_rate}
     if config.optimizer != "sgd":
         arguments["eps"] = config.eps
     return arguments

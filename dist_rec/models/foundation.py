@@ -3,7 +3,7 @@
     x      = E(U) (+) E(Q) (+) E(I)   (+) E(U)*E(I) (+) E(Q)*E(I) with `products` (ours)
     x_hat  = W_k (x (+) E_Dk) + b_k
     logits = towers_k(gates_k(experts(x_hat)))
-    L      = sum_t weight_t L_t + weight * L_reg(x_hat)
+    L      = sum_t weight_t L_t + weight * L_reg(x_hat) + embedding_l2 * mean_b sum_f |e_bf|^2
 
 It takes looked-up embeddings and a `Batch` and knows neither tables, engines nor process groups:
 what must be summed over ranks goes through the `Reduction` it is given. Every submodule is called in
@@ -33,7 +33,7 @@ from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.sequence import HistoryEncoder
 from ..schema import Feature, Schema
 
-REGULARISER, TOTAL = "regulariser", "loss"
+REGULARISER, EMBEDDING_L2, TOTAL = "regulariser", "embedding_l2", "loss"
 
 
 class FoundationModel(nn.Module):
@@ -71,6 +71,7 @@ class FoundationModel(nn.Module):
         self.maxima = {task: schema.labels[spec.label].maximum for task, spec in self.tasks.items()}
         used = {name: schema.features[name] for name in schema.features if name in set(features)}
         dims = {n: table_dims[schema.table_of(n)] for n, f in used.items() if f.kind in ("id", "ids")}
+        self.pooled = [n for n in dims if used[n].role != "history"]
         width = config.width
 
         def of(role: str, *kinds: str) -> dict[str, Feature]:
@@ -133,7 +134,7 @@ class FoundationModel(nn.Module):
         Returns:
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
             `losses`: detached scalars of the global batch, equal on all ranks: one for each task,
-            `regulariser` if there is one, and `loss`, their weighted sum.
+            `regulariser` and `embedding_l2` if there are, and `loss`, their weighted sum.
             `logits`: `[B]` by task, at least float32; anything on masked rows.
         """
         x, domains = self._encode(embeddings, batch)
@@ -143,7 +144,8 @@ class FoundationModel(nn.Module):
             x = self.adaptation(x, domains, sizes)
         regulariser = self._regulariser(x, batch, order)
         logits = full_precision(place(self.body(x, sizes), order, len(batch)))
-        loss, losses = self._losses(logits, batch, regulariser)
+        norms = self._norms(embeddings, logits) if self.config.embedding_l2 else None
+        loss, losses = self._losses(logits, batch, regulariser, norms)
         return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
 
     def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
@@ -227,7 +229,13 @@ class FoundationModel(nn.Module):
         row = batch.row[order]
         return mmd(x, domain, valid, row, self.num_domains, spec.samples, spec.kernels, self.reduction)
 
-    def _losses(self, logits: Tensor, batch: Batch, regulariser: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def _norms(self, embeddings: dict[str, Tensor], like: Tensor) -> Tensor:
+        """Squared norm of each row's pooled embeddings, all features together, `[B]`."""
+        return sum((embeddings[n].to(like.dtype).square().sum(1) for n in self.pooled), like.new_zeros(len(like)))
+
+    def _losses(
+        self, logits: Tensor, batch: Batch, regulariser: Tensor | None, norms: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss and what to report.
 
         Targets are label / maximum: a graded label is a soft target.
@@ -236,10 +244,15 @@ class FoundationModel(nn.Module):
         targets = torch.stack([batch.labels[s.label] / self.maxima[t] for t, s in self.tasks.items()], 1)
         valid = torch.stack([batch.label_valid[s.label] for s in specs], 1) & batch.valid[:, None]
         terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+        if norms is not None:
+            terms, valid = torch.cat([terms, norms[:, None]], 1), torch.cat([valid, batch.valid[:, None]], 1)
         local, means = masked_means(terms, valid, self.reduction)
-        loss = sum(s.weight * term for s, term in zip(specs, local.unbind(0), strict=True))
-        total = sum(s.weight * mean for s, mean in zip(specs, means.unbind(0), strict=True))
-        losses = dict(zip(self.tasks, means.unbind(0), strict=True))
+        names, weights = list(self.tasks), [s.weight for s in specs]
+        if norms is not None:
+            names, weights = [*names, EMBEDDING_L2], [*weights, self.config.embedding_l2]
+        loss = sum(weight * term for weight, term in zip(weights, local.unbind(0), strict=True))
+        total = sum(weight * mean for weight, mean in zip(weights, means.unbind(0), strict=True))
+        losses = dict(zip(names, means.unbind(0), strict=True))
         if regulariser is not None:
             weight = self.config.regulariser.weight
             loss, total = loss + weight * regulariser, total + weight * regulariser.detach()
@@ -252,7 +265,7 @@ def _tasks(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
     faults = []
     for name, spec in tasks.items():
         faults += check_names(list(schema.labels), [spec.label], f"model.tasks.{name}.label")
-        if name in (REGULARISER, TOTAL):
+        if name in (REGULARISER, EMBEDDING_L2, TOTAL):
             faults.append(f"model.tasks.{name}: this name is taken by an entry of the losses; choose another.")
     if faults:
         raise UserError("\n".join(faults))

@@ -1,0 +1,30 @@
+"""The walk-through of shards/README.md is run as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+
+def walk_through() -> str:
+    """The bash blocks of the section "From your own tables", one script."""
+    section = (ROOT / "shards" / "README.md").read_text().split("\n## ")[1]
+    assert section.startswith("From your own tables")
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+
+
+def test_the_walk_through_trains_a_model(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", walk_through()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    overall = json.loads((tmp_path / "runs" / "run" / "evaluation.json").read_text())["overall"]
+    assert overall["ctr"]["auc"] > 0.6 and overall["relevance"]["auc"] > 0.7, overall

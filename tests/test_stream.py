@@ -1,0 +1,288 @@
+"""Batches hold what the raw rows say, damage is named, and the background reader never outlives its use."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import build_small, rewrite_block, with_value
+from tokenizers import Tokenizer
+from toy_shards import TOKENIZER, values
+
+from dist_rec.data.blocks import text_key
+from dist_rec.data.index import read_index
+from dist_rec.data.order import Order
+from dist_rec.data.rows import Ragged, Rows
+from dist_rec.data.stream import ShardReader, Stream
+from dist_rec.errors import UserError
+from dist_rec.text.paths import tokenizer_file
+
+IDS, TEXTS = ("user_id", "history", "item_id", "tags"), ("query", "title")
+
+
+@pytest.fixture(scope="module")
+def tokenised(tmp_path_factory) -> str:
+    """The small data set with token ids; its raw rows lie beside it."""
+    return build_small(tmp_path_factory.mktemp("tokenised"), tokenizer=TOKENIZER)
+
+
+def open_stream(root: str, *, batch_size=48, window=64, seed=1, rank=0, world_size=1, **options) -> Stream:
+    index = read_index(root)
+    order = Order(index, streams=8, batch_size=batch_size, window=window, seed=seed)
+    return Stream(root, index, order, list(index.schema.features), rank=rank, world_size=world_size, **options)
+
+
+def raw_rows(root: str) -> list[dict]:
+    """The raw rows in the data set's order: by domain, within a domain as they came."""
+    rows = pq.read_table(Path(root).parent / "raw.parquet").to_pylist()
+    names = read_index(root).schema.domains.names
+    return sorted(rows, key=lambda row: names.index(row["domain"]))
+
+
+def jagged(values: np.ndarray, lengths: np.ndarray) -> list[list]:
+    return [part.tolist() for part in np.split(values, np.cumsum(lengths)[:-1])]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_batches_hold_what_the_raw_rows_say(tokenised, world_size):
+    raw, index = raw_rows(tokenised), read_index(tokenised)
+    vocabulary = {name: values(Path(tokenised), name) for name in ("user_id", "item_id", "tags")}
+    vocabulary["history"] = vocabulary["item_id"]
+    known = sorted({row[name] for row in raw for name in TEXTS if row[name] is not None})
+    number_of = {text_key(text): i for i, text in enumerate(known)}
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(TOKENIZER)))
+    tokenizer.no_padding()
+
+    def vectors(keys: np.ndarray) -> np.ndarray:
+        """As vector of a text, its number among the known ones."""
+        assert len(set(keys.tolist())) == len(keys)
+        return np.array([number_of[key] for key in keys.tolist()], np.float32).reshape(-1, 1)
+
+    masked = seen = 0
+    keys = {"user": {}, "query": {}}
+    for rank in range(world_size):
+        stream = open_stream(tokenised, rank=rank, world_size=world_size, with_tokens=True, vectors=vectors)
+        for batch in stream.batches(epoch=0):
+            ids = batch.ids.to_dict()
+            assert tuple(batch.ids.keys()) == IDS and batch.ids.stride() == len(batch) == stream.batch_rows
+            lists = {name: jagged(ids[name].values().numpy(), ids[name].lengths().numpy()) for name in IDS}
+            texts = {name: jagged(batch.text_index[name].numpy(), batch.text_lengths[name].numpy()) for name in TEXTS}
+            distinct = [known[int(i)] for i in batch.text_vectors[:, 0]]
+            used = {i for name in TEXTS for uses in texts[name] for i in uses}
+            assert used == set(range(len(distinct)))
+            for text, tokens, mask in zip(distinct, batch.text_tokens, batch.text_mask, strict=True):
+                assert tokens[mask].tolist() == tokenizer.encode(text).ids and not tokens[~mask].any()
+            for i, number in enumerate(batch.row.tolist()):
+                if number < 0:
+                    masked += 1
+                    assert not batch.valid[i] and batch.domain[i] == 0 and batch.user[i] == batch.query[i] == -1
+                    assert not any(lists[name][i] for name in IDS) and not any(texts[name][i] for name in TEXTS)
+                    assert batch.dense["age"][i].isnan().all()
+                    assert not any(batch.label_valid[name][i] or batch.labels[name][i] for name in batch.labels)
+                    continue
+                row, seen = raw[number], seen + 1
+                assert batch.valid[i] and index.schema.domains.names[batch.domain[i]] == row["domain"]
+                for name in IDS:
+                    wanted = row[name] if isinstance(row[name], list) else [v for v in [row[name]] if v is not None]
+                    assert [vocabulary[name][v] for v in lists[name][i]] == (wanted or [])
+                for name in TEXTS:
+                    assert [distinct[t] for t in texts[name][i]] == [t for t in [row[name]] if t is not None]
+                age = batch.dense["age"][i]
+                assert age.isnan().all() if row["age"] is None else age.tolist() == [row["age"]]
+                for name in ("ctr", "relevance"):
+                    assert batch.label_valid[name][i] == (row[name] is not None)
+                    assert batch.labels[name][i] == (row[name] or 0)
+                for key, column in (("user", "user_id"), ("query", "query")):
+                    found = int(getattr(batch, key)[i])
+                    assert (found == -1) == (row[column] is None)
+                    assert keys[key].setdefault(found, row[column]) == row[column]
+    assert seen == len(raw) and masked == stream.steps * stream.batch_rows * world_size - seen > 0
+    for found in keys.values():
+        assert len(set(found.values())) == len(found) > 4
+
+
+def test_a_batch_without_texts_still_offers_one_to_the_language_model(tokenised):
+    stream = open_stream(tokenised, with_tokens=True)
+    empty = stream.batch(0, stream.steps)
+    assert len(empty) == stream.batch_rows and not empty.valid.any()
+    assert empty.text_tokens.shape == (1, 1) and empty.text_mask.all()
+    without = open_stream(tokenised).batch(0, 0)
+    assert without.text_tokens.shape[1] == without.text_vectors.shape[1] == 0 and len(without.text_tokens) > 5
+
+
+def invented_rows(draw: np.random.Generator, n: int, first: int) -> Rows:
+    """Rows with every kind of column; tokens of a text are a function of its key."""
+    keys = np.sort(draw.choice(30, draw.integers(1, 9), replace=False).astype(np.int64))
+
+    def lists(values, most):
+        lengths = draw.integers(0, most, n)
+        return Ragged.from_lengths(draw.integers(0, values, lengths.sum()), lengths)
+
+    return Rows(
+        domain=draw.integers(0, 3, n),
+        row=np.arange(first, first + n),
+        ids={"a": lists(50, 4), "b": lists(9, 2)},
+        dense={"d": draw.random((n, 2), np.float32)},
+        texts={"t": lists(len(keys), 2), "u": lists(len(keys), 4)},
+        text_keys=keys,
+        tokens=Ragged.from_lengths(np.concatenate([np.full(k % 4, k) for k in keys]), keys % 4),
+        labels={"l": draw.random(n).astype(np.float32)},
+        keys={"user": draw.integers(0, 5, n)},
+    )
+
+
+def plain(rows: Rows) -> list[dict]:
+    """Rows as Python values, a text as its key and tokens."""
+
+    def entry(ragged: Ragged, i: int) -> list:
+        return ragged.values[ragged.offsets[i] : ragged.offsets[i + 1]].tolist()
+
+    texts = [(int(key), entry(rows.tokens, t)) for t, key in enumerate(rows.text_keys)]
+    return [
+        {
+            "domain": int(rows.domain[i]),
+            "row": int(rows.row[i]),
+            "dense": rows.dense["d"][i].tolist(),
+            "label": float(rows.labels["l"][i]),
+            "user": int(rows.keys["user"][i]),
+            **{name: entry(column, i) for name, column in rows.ids.items()},
+            **{name: [texts[t] for t in entry(column, i)] for name, column in rows.texts.items()},
+        }
+        for i in range(len(rows))
+    ]
+
+
+def test_rows_move_as_lists_do():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        parts = [invented_rows(draw, int(draw.integers(0, 7)), 10 * i) for i in range(draw.integers(1, 5))]
+        whole = [row for part in parts for row in plain(part)]
+        rows = Rows.concat(parts)
+        assert plain(rows) == whole and (np.diff(rows.text_keys) > 0).all()
+        start, stop = sorted(draw.integers(0, len(whole) + 1, 2))
+        assert plain(rows.slice(start, stop)) == whole[start:stop]
+        # A slice of a slice, taken, joined and compacted: offsets must hold in every combination.
+        chosen = draw.integers(0, stop - start, 5 if stop > start else 0)
+        taken = rows.slice(start, stop).take(chosen)
+        assert plain(taken) == [whole[start:stop][i] for i in chosen]
+        joined = Rows.concat([taken, rows.slice(0, start)]).compact()
+        expected = [whole[start:stop][i] for i in chosen] + whole[:start]
+        assert plain(joined) == expected
+        used = {key for row in expected for name in ("t", "u") for key, _ in row[name]}
+        assert joined.text_keys.tolist() == sorted(used)
+
+
+@pytest.fixture
+def copied(small, tmp_path) -> str:
+    """A copy of the small data set that a test may damage."""
+    return str(shutil.copytree(small, tmp_path / "data"))
+
+
+def reader(root: str) -> ShardReader:
+    index = read_index(root)
+    return ShardReader(root, index, list(index.schema.features), True, keep=4)
+
+
+def test_missing_and_damaged_shards_are_named(copied):
+    index = read_index(copied)
+    shard = Path(copied) / index.shards[1].file
+    block, number = index.shards[1].blocks[1], len(index.shards[0].blocks) + 1
+    first = index.shards[0].rows + index.shards[1].blocks[0].rows
+    whole = shard.read_bytes()
+    where = f"{shard}, block {block.name}"
+
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            reader(copied).rows(number)
+        assert str(caught.value).startswith(where)
+        return str(caught.value)
+
+    for place, match in (
+        (block.offset + block.bytes // 2, f" (rows {first} .. {first + block.rows - 1}) is damaged: its checksum"),
+        (block.offset + 148, " is damaged"),  # the checksum of the tar header
+        (block.offset + 257, " is damaged"),  # its magic
+    ):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        shard.write_bytes(damaged)
+        assert match in refused()
+    assert len(reader(copied).rows(number - 1)) == index.shards[1].blocks[0].rows
+    for end in (block.offset, block.offset + 100, block.offset + 512, block.offset + block.bytes // 2):
+        shard.write_bytes(whole[:end])
+        assert "is damaged" in refused()
+    shard.unlink()
+    assert "the shard is missing. Restore it" in refused()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("item_id", 31, "'item_id' has id 31, outside its vocabulary 0 .. 30"),
+        ("item_id", -1, "'item_id' has id -1, outside"),
+        ("history", [1, 2, 31], "'history' has id 31, outside its vocabulary 0 .. 30"),
+        ("label:ctr", 0.5, "label 'ctr' is 0.5, allowed is 0 or 1"),
+        ("label:ctr", -1.0, "label 'ctr' is -1, allowed is 0 or 1"),
+        ("label:relevance", 3.5, "label 'relevance' is 3.5, allowed is 0 .. 3"),
+        ("label:relevance", float("inf"), "label 'relevance' is inf"),
+    ],
+)
+def test_values_out_of_their_range_are_named(copied, column, value, complaint):
+    where = rewrite_block(copied, 2, with_value(column, 7, value))
+    with pytest.raises(UserError) as caught:
+        reader(copied).rows(2)
+    assert str(caught.value).startswith(f"{where}, row 7: {complaint}")
+
+
+def test_a_block_of_other_rows_than_the_index_says_is_refused(copied):
+    where = rewrite_block(copied, 2, lambda batch: batch.slice(1))
+    with pytest.raises(UserError, match="has 31 rows, the index says 32") as caught:
+        reader(copied).rows(2)
+    assert str(caught.value).startswith(where)
+    rewrite_block(copied, 2, lambda batch: batch.select(batch.schema.names[1:]))
+    with pytest.raises(UserError, match="its columns are not those of the index's schema"):
+        reader(copied).rows(2)
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+
+
+def test_the_background_reader_stops_with_its_consumer(small):
+    stream = open_stream(small, batch_size=8, read_ahead=2)
+    prepared, prepare = [], stream.batch
+    stream.batch = lambda epoch, step: prepared.append(step) or prepare(epoch, step)
+    batches = stream.batches(epoch=0, start_step=3)
+    assert next(batches).row.equal(prepare(0, 3).row)
+    time.sleep(0.3)
+    assert readers() and prepared == [3, 4, 5, 6]  # one used, two ready, one waiting for its place
+    batches.close()
+    assert not readers()
+    for _ in stream.batches(epoch=0):
+        break
+    assert not readers()
+    assert len(list(stream.batches(0, 2, 7))) == 5 and not readers()
+    assert len(list(stream.batches(0, 2, 10**6))) == stream.steps - 2
+
+
+def test_the_background_reader_passes_faults_on_where_they_are(copied):
+    index = read_index(copied)
+    (Path(copied) / index.shards[-1].file).unlink()
+    stream = open_stream(copied, batch_size=16, window=0)
+    clean = open_stream(copied, batch_size=16, window=0)
+    numbers, good = range(stream.steps), 0
+    missing = sum(shard.rows for shard in index.shards[:-1])
+    batches = stream.batches(epoch=0)
+    with pytest.raises(UserError, match=f"{index.shards[-1].file}, block .*: the shard is missing"):
+        for step, batch in zip(numbers, batches, strict=False):
+            good += 1
+            assert (batch.row < missing).all() and batch.row.equal(clean.batch(0, step).row)
+    assert not readers()
+    stream.batch = lambda epoch, step: 1 // 0
+    with pytest.raises(ZeroDivisionError):
+        next(stream.batches(epoch=0))
+    assert not readers()
