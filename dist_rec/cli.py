@@ -243,7 +243,7 @@ def _print_json(asked: bool, value: dict[str, Any]) -> None:
 def main() -> None:
     """Run a verb and end with its exit code.
 
-    A rank ends without Python's own clean-up, which would wait for ranks that may be gone.
+    A rank ends without Python's own clean-up, which could wait for ranks and threads that may be gone.
     """
     code = 0
     try:
@@ -259,7 +259,7 @@ def main() -> None:
         code = _end_of(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and "RANK" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         os._exit(code)
     sys.exit(code)
 
@@ -288,5 +288,6 @@ def _end_of(error: Exception) -> int:
         time.sleep(ECHO_SECONDS)
         print(f"dist-rec: rank {os.environ['RANK']}: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
-    traceback.print_exception(error)
+    if first_to_say(repr(error)):
+        traceback.print_exception(error)
     return 1

@@ -168,6 +168,7 @@ class BodyConfig:
     * `experts`: shared experts; `specific_experts`: per group and level in PLE.
     * `specific_to`: whether PLE's specific experts belong to a `domain` or a `task`.
     * `levels`: of PLE.
+    * `skip`: add a linear function of x_hat to each task's logit, past experts and towers (ours).
     """
 
     kind: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
@@ -177,6 +178,7 @@ class BodyConfig:
     levels: int = Field(default=1, ge=1)
     expert_hidden: list[Width] = Field(default_factory=lambda: [64], min_length=1)
     tower_hidden: list[Width] = field(default_factory=lambda: [32])
+    skip: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
@@ -371,5 +373,6 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def check_names(known: list[str], used: list[str], place: str) -> list[str]:
-    """Faults for names in `used` that `known` lacks, each with the nearest known name."""
-    return [f"{place}: {name!r} is not known.{nearest(name, known)}" for name in used if name not in known]
+    """Faults for names in `used` that `known` lacks, each with the nearest known name, or with all."""
+    there = f" There is {', '.join(known)}." if known else ""
+    return [f"{place}: {name!r} is not known.{nearest(name, known) or there}" for name in used if name not in known]

@@ -15,7 +15,13 @@ SHORT = {"calibration": "calib."}
 
 def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     """Per domain and task: rows, AUC, grouped AUC, log loss, calibration, NDCG; then the rates."""
-    table = Table(title=f"{evaluation['split']} split, step {evaluation['step']}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{evaluation['split']} split, step {evaluation['step']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("domain")
     table.add_column("task")
     for column in COLUMNS:

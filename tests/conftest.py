@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import uuid
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,23 +38,48 @@ def run_ranks(ranks: int, arguments: list[str], seconds: float, cwd: Path = ROOT
 
 
 def run_command(command: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a command in a process group of its own and kill the whole group at the time limit."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    """Run a command with a time limit; none of its processes is left when it returns."""
+    process = start(command, cwd)
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_family(process)
         out, err = process.communicate()
         pytest.fail(f"not done after {seconds} s: {' '.join(command)}\n{out[-3000:]}\n{err[-3000:]}")
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill_family(process)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start(command: list[str], cwd: Path = ROOT) -> subprocess.Popen:
+    """A command in the background, whose `family` can be found whatever it does."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DIST_REC_TEST": mark}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    process.mark = mark
+    return process
+
+
+def family(process: subprocess.Popen) -> dict[int, dict[str, str]]:
+    """Environment of every process that descends from `start`, by process id.
+
+    torchrun puts each rank into a session of its own, and orphans have no parent to be found by.
+    """
+    found = {}
+    for one in psutil.process_iter():
+        with suppress(psutil.Error):
+            environment = one.environ()
+            if environment.get("DIST_REC_TEST") == process.mark:
+                found[one.pid] = environment
+    return found
+
+
+def kill_family(process: subprocess.Popen) -> None:
+    for pid in family(process):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 SMALL_SCHEMA = {

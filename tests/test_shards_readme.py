@@ -23,7 +23,12 @@ def test_the_walk_through_trains_a_model(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", walk_through()], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+        ["bash", "-euo", "pipefail", "-c", walk_through()],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     overall = json.loads((tmp_path / "runs" / "run" / "evaluation.json").read_text())["overall"]

@@ -156,3 +156,17 @@ def test_a_failed_build_keeps_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         build(SMALL, [source], str(out), workers=1, overwrite=True)
     assert digests(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.parquet"]
+
+
+def test_the_folder_above_the_splits_is_told_from_no_data_set(tmp_path):
+    with pytest.raises(UserError, match="no data set at .*: index.json is missing. Build one with"):
+        verify(str(tmp_path))
+    build(
+        SMALL,
+        [write(tmp_path / "rows.parquet", small_rows(500))],
+        str(tmp_path / "out"),
+        split=parse_split("random:8,1,1"),
+        workers=1,
+    )
+    with pytest.raises(UserError, match="Its splits are data sets: name .*/train or .*/valid or .*/test"):
+        verify(str(tmp_path / "out"))

@@ -18,7 +18,7 @@ from dist_rec.training import checkpoint
 from dist_rec.training.trainer import train
 
 DOMAINS, TASKS = ("big", "middle", "tiny"), ("ctr", "relevance")
-SECONDS = 120
+SECONDS = 240
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ is no data set: it is written last, and renamed into place. Knows files, not ten
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Literal
 
 import fsspec
@@ -18,6 +19,7 @@ from ..strict import from_dict, strict, to_dict
 
 FORMAT = "dist_rec/1"
 INDEX_NAME = "index.json"
+SPLITS = ("train", "valid", "test")
 
 
 @strict
@@ -112,7 +114,7 @@ def read_index(root: str) -> Index:
         with fsspec.open(path, "rb") as file:
             text = file.read()
     except FileNotFoundError:
-        splits = [join(root, split) for split in SPLITS if "://" not in root and os.path.isfile(join(root, split, INDEX_NAME))]
+        splits = [join(root, split) for split in SPLITS if Path(root, split, INDEX_NAME).is_file()]
         advice = "Build one with `dist-rec shards build` or a recipe of shards/recipes."
         if splits:
             advice = f"Its splits are data sets: name {' or '.join(splits)}."

@@ -16,9 +16,9 @@ import duckdb
 
 from ..errors import UserError
 from ..schema import Feature, Schema
+from .index import SPLITS
 from .sources import Source, literal, quote
 
-SPLITS = ("train", "valid", "test")
 TEXTS = "texts_seen"
 
 

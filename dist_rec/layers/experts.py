@@ -3,7 +3,7 @@
 Every gate and every tower belongs to one (domain, task); all are stacked parameters on rows
 sorted by domain, so a domain without rows still has its (zero) gradient on every rank.
 
-    y_kt = sum_e g_kt,e(r) f_e(r),   g_kt = softmax(G_kt r),   logit_kt = tower_kt(y_kt)
+    y_kt = sum_e g_kt,e(r) f_e(r),   g_kt = softmax(G_kt r),   logit_kt = tower_kt(y_kt) (+ w_t x_hat)
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ class ExpertBody(nn.Module):
             activate_last=False,
             dropout=config.dropout,
         )
+        self.skip = nn.Linear(inputs, num_tasks) if config.skip else None
 
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
         """x_hat `[B, in]`, rows sorted by domain, and `sizes` int64 `[K]` on the CPU -> logits `[B, T]`."""
@@ -137,4 +138,5 @@ class ExpertBody(nn.Module):
         own = common.expand(-1, self.groups, -1)
         for level in self.levels:
             common, own = level(common, own, sizes)
-        return self.towers(own, sizes)[:, :, 0]
+        logits = self.towers(own, sizes)[:, :, 0]
+        return logits if self.skip is None else logits + self.skip(x)

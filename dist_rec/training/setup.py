@@ -12,7 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from ..config import Config, check_names
+from ..config import Config, TablesConfig, check_names
 from ..data.index import Index, read_index
 from ..data.order import Order
 from ..data.stream import Stream
@@ -87,8 +87,9 @@ def prepare(config: Config) -> Prepared:
             faults.append(
                 f"text.mode is full, but {data.train} was built without a tokenizer: build it with --tokenizer"
             )
-        if specs is not None:
-            attempt(_try_model, schema, config, specs, features)
+        # Faulty overrides hide no fault of the model, for which any widths will do.
+        trial = specs if specs is not None else table_specs(schema, TablesConfig(), features)
+        attempt(_try_model, schema, config, trial, features)
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise UserError(f"this run cannot start:\n{lines}")
