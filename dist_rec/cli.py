@@ -182,7 +182,7 @@ def evaluate(
 def bench_experiment(
     config: Annotated[Path, typer.Argument(help="An experiment of configs/experiments.")],
     results: Annotated[Path, typer.Option(help="JSON list of results; runs that it has are not repeated.")],
-    only: Annotated[list[str], typer.Option(help="NAME or SPLIT/NAME; repeatable; default all.")] = [],
+    only: Annotated[list[str], typer.Option(help="Glob of SPLIT/NAME/SEED; repeatable; default all.")] = [],
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
     nproc_per_node: Ranks = 1,
     as_json: Json = False,
@@ -259,7 +259,7 @@ def main() -> None:
         code = _end_of(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(code)
     sys.exit(code)
 

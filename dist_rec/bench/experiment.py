@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +57,25 @@ def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[st
     """Do the runs that `results` lacks, write it after each, and return all of it.
 
     Args:
-        only: names of runs to do, `name` or `split/name`; empty does all.
+        only: globs of `split/name/seed`; a run that matches any is done. Empty does all.
 
     Raises:
         UserError: the file is no experiment, or a variant's config is wrong; before the first run.
     """
     experiment = from_dict(Experiment, read_yaml(path), str(path))
     planned = list(experiment.runs())
-    names = {name for name, *_ in planned} | {f"{split}/{name}" for name, split, *_ in planned}
-    for name in only:
-        if name not in names:
-            raise UserError(f"{path} has no run {name!r}: it has {', '.join(sorted(names))}.")
+    for glob in only:
+        if not any(fnmatch(_label(*run), glob) for run in planned):
+            raise UserError(f"{path} has no run {glob!r}: runs are called like {_label(*planned[0])!r}.")
     for name, split, _, overrides in planned:
         _resolved(experiment, overrides, f"{path}, run {split}/{name}")
     done = json.loads(results.read_text()) if results.exists() else []
     have = {(r["name"], r["split"], r["seed"]) for r in done}
     for name, split, seed, overrides in planned:
-        if (name, split, seed) in have or only and not {name, f"{split}/{name}"} & set(only):
+        label = _label(name, split, seed)
+        if (name, split, seed) in have or only and not any(fnmatch(label, glob) for glob in only):
             continue
-        label = f"{split}-{name}-{seed}"
+        label = label.replace("/", "-")
         config = runs / f"{label}.yaml"
         runs.mkdir(parents=True, exist_ok=True)
         run_keys = {"run.name": label, "run.root": str(runs)}
@@ -85,6 +86,10 @@ def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[st
         results.write_text("[\n" + ",\n".join(json.dumps(r) for r in done) + "\n]\n")
         print(f"AUC {entry['auc']:.4f}  {entry['train_rows_per_s']:,.0f} rows/s", flush=True)
     return done
+
+
+def _label(name: str, split: str, seed: int, *_: Any) -> str:
+    return f"{split}/{name}/{seed}"
 
 
 def _resolved(experiment: Experiment, overrides: dict[str, Any], origin: str) -> dict[str, Any]:
