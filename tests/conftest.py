@@ -33,7 +33,15 @@ ROOT = Path(__file__).parent.parent
 
 def run_ranks(ranks: int, arguments: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """`torchrun` this command line on `ranks` ranks; every child is gone when it returns."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        *arguments,
+    ]
     return run_command(command, seconds, cwd)
 
 
@@ -56,7 +64,13 @@ def start(command: list[str], cwd: Path = ROOT) -> subprocess.Popen:
     mark = uuid.uuid4().hex
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DIST_REC_TEST": mark}
     process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     process.mark = mark
     return process
@@ -122,9 +136,7 @@ def small_table(rows: dict[str, int], seed: int = 0) -> pa.Table:
             ),
             "query": [f"find thing {i % 5}" if s else None for i, s in zip(item, search, strict=True)],
             "item_id": some([f"i{i}" for i in item], 0.15),
-            "tags": pa.array(
-                some([[f"t{t}" for t in range(i % 4)] for i in item], 0.1), pa.list_(pa.string())
-            ),
+            "tags": pa.array(some([[f"t{t}" for t in range(i % 4)] for i in item], 0.1), pa.list_(pa.string())),
             "title": some([f"thing number {i}" for i in item], 0.1),
             "ctr": pa.array(
                 [None if s else float(((u * 7 + i * 3) % 5) < 2) for u, i, s in zip(user, item, search, strict=True)],
@@ -138,7 +150,12 @@ def small_table(rows: dict[str, int], seed: int = 0) -> pa.Table:
 
 
 def build_small(
-    folder: Path, rows: dict[str, int] | None = None, *, block_rows: int = 32, tokenizer: str | None = None, split: str = ""
+    folder: Path,
+    rows: dict[str, int] | None = None,
+    *,
+    block_rows: int = 32,
+    tokenizer: str | None = None,
+    split: str = "",
 ) -> str:
     """Shards of `small_table` below `folder`; returns the data set's root."""
     raw = folder / "raw.parquet"

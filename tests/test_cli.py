@@ -87,7 +87,11 @@ def test_what_is_wrong_is_said_in_words_with_exit_code_2(arguments, message, mon
     with pytest.raises(SystemExit) as caught:
         cli.main()
     said = capsys.readouterr()
-    assert caught.value.code == 2 and said.out == "" and message.lower() in " ".join(said.err.replace("│", " ").split()).lower()
+    assert (
+        caught.value.code == 2
+        and said.out == ""
+        and message.lower() in " ".join(said.err.replace("│", " ").split()).lower()
+    )
 
 
 def test_a_refusal_is_one_message_and_ranks_must_be_positive(tmp_path):
@@ -102,7 +106,9 @@ def test_a_refusal_is_one_message_and_ranks_must_be_positive(tmp_path):
         "  - train.stpes: unknown key. Did you mean 'steps'?",
     ]
     config.write_text("data: {train: x}\n")
-    assert refused("train", config, "--nproc-per-node", "-1") == "dist-rec: --nproc-per-node must be at least 1, got -1.\n"
+    assert (
+        refused("train", config, "--nproc-per-node", "-1") == "dist-rec: --nproc-per-node must be at least 1, got -1.\n"
+    )
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys):

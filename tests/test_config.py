@@ -68,7 +68,10 @@ def test_every_fault_is_said_at_once_with_the_nearest_key():
 @pytest.mark.parametrize(
     ("tree", "fault"),
     [
-        ({"data": {"batch_size": 100, "strems": 8}}, "data: batch_size 100 is not a multiple of data.streams 8: take 96"),
+        (
+            {"data": {"batch_size": 100, "strems": 8}},
+            "data: batch_size 100 is not a multiple of data.streams 8: take 96",
+        ),
         ({"data": {"weights": {"big": 0}}}, "data.weights: not all weights may be 0"),
         ({"evaluate": {"batch_size": 7}}, "evaluate: batch_size 7 is not a multiple of data.streams 8: take 8"),
         ({"text": {"mode": "full"}}, "text: mode: full needs model: a Hugging Face folder"),

@@ -105,7 +105,9 @@ def test_a_damaged_shard_ends_a_run_that_is_under_way(data, tmp_path):
 
 
 def test_an_id_out_of_its_vocabulary_ends_every_rank(data, tmp_path):
-    where = rewrite_block(data, len([b for s in read_index(data).shards for b in s.blocks]) - 1, with_value("item_id", 3, 31))
+    where = rewrite_block(
+        data, len([b for s in read_index(data).shards for b in s.blocks]) - 1, with_value("item_id", 3, 31)
+    )
     message = refusal(dist_rec("train", write_config(tmp_path, data)))
     assert message == f"rank 1: {where}, row 3: 'item_id' has id 31, outside its vocabulary 0 .. 30.\n"
 
@@ -169,7 +171,9 @@ def test_a_rank_that_loses_another_host_says_so_without_a_traceback(monkeypatch,
     monkeypatch.setattr(cli, "ECHO_SECONDS", 0)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    gone = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:552] Connection closed by peer [10.0.0.1]\n")
+    gone = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:552] Connection closed by peer [10.0.0.1]\n"
+    )
     assert cli._end_of(gone) == 1
     assert capsys.readouterr().err.startswith("dist-rec: rank 3: lost another rank: [/pytorch")
     assert cli._end_of(RuntimeError("ours")) == 1

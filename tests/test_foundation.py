@@ -258,7 +258,8 @@ GLOBAL = [
     {"regulariser": {"kind": "mmd"}, "gating": "cls", "adaptation": {"enabled": True, "width": 5}},
     {"regulariser": {"kind": "js"}, "gating": "mean", "adaptation": {"enabled": False}, "products": False},
     {"history": {"pooling": "last", "layers": 2}},
-    {"history": {"kind": "mean"}},
+    {"history": {"kind": "mean"}, "text_match": False},
+    {"embedding_l2": 0.1, "body": {"kind": "mmoe", "skip": True}},
 ]
 
 
@@ -384,6 +385,44 @@ def test_loss_is_the_weighted_mean_of_soft_target_cross_entropies():
         np.testing.assert_allclose(output["losses"][task], expected, rtol=1e-6)
         total += weight * expected
     np.testing.assert_allclose(output["losses"]["loss"], total, rtol=1e-6)
+
+
+def test_embedding_l2_is_the_mean_over_rows_of_their_squared_norms():
+    module = Whole(config(embedding_l2=0.5))
+    batch = as_batch(make_rows(), 30)
+    embeddings = module.tables(batch)
+    pooled = [n for n in embeddings if SCHEMA.features[n].role != "history"]
+    expected = sum(float(embeddings[n][:24].detach().square().sum()) for n in pooled) / 24
+    losses = {name: float(value) for name, value in module.model(embeddings, batch)["losses"].items()}
+    assert losses["embedding_l2"] == pytest.approx(expected)
+    tasks = losses["ctr"] + 0.5 * losses["cvr"] + 2 * losses["relevance"]
+    assert losses["loss"] == pytest.approx(tasks + 0.5 * expected)
+
+
+def test_text_match_is_the_cosine_of_query_and_title():
+    rows, module = make_rows(), Whole(config())
+    batch = as_batch(rows, 24)
+    x, _ = module.model._encode(module.tables(batch), batch)
+    found = x[:, -1].detach().numpy()
+    queries, titles, matched = rows.texts["query_text"], rows.texts["title"], 0
+    for b in range(24):
+        pair = [text_vectors(t.slice(b, b + 1).values) for t in (queries, titles)]
+        if len(pair[0]) and len(pair[1]):
+            q, t = pair[0][0], pair[1][0]
+            assert found[b] == pytest.approx(q @ t / np.linalg.norm(q) / np.linalg.norm(t), abs=1e-6)
+            matched += 1
+        else:
+            assert found[b] == 0
+    assert 0 < matched < 24
+
+
+def test_skip_adds_a_linear_function_of_the_experts_input_to_each_logit():
+    module, batch = Whole(config(body={"kind": "mmoe", "skip": True})), as_batch(make_rows(), 24)
+    before = module(batch)["logits"]
+    with torch.no_grad():
+        module.model.body.skip.bias += torch.tensor([1.0, 2.0, 3.0])
+    for i, (task, logits) in enumerate(module(batch)["logits"].items()):
+        torch.testing.assert_close(logits, before[task] + i + 1)
 
 
 def test_cold_item_depends_on_its_text_alone():

@@ -172,12 +172,19 @@ def test_quotas_are_the_weights_shares():
 CASE = Case(((30, 30, 30, 11), (30, 9), (4,)), seed=3)
 
 
-def test_epochs_and_seeds_differ_and_runs_do_not():
-    first = read(CASE)
-    assert read(CASE) == first
-    for other in (read(CASE, epoch=1), read(replace(CASE, seed=4))):
+@pytest.mark.parametrize("case", [CASE, Case(((144,),))], ids=["many blocks", "one block"])
+def test_epochs_and_seeds_differ_and_runs_do_not(case):
+    first = read(case)
+    assert read(case) == first
+    for other in (read(case, epoch=1), read(replace(case, seed=4))):
         assert other != first and sorted(flat(other)) == sorted(flat(first))
-        assert sum(a == b for a, b in zip(flat(first), flat(other), strict=True)) < CASE.rows / 4
+        assert sum(a == b for a, b in zip(flat(first), flat(other), strict=True)) < case.rows / 4
+
+
+def test_a_repeated_pass_has_an_order_of_its_own():
+    order = Case(((1,) * 50, (1,) * 150), weights=(1.0, 1.0)).order()
+    blocks = [piece.block for piece in order._axis_pieces(0, 0, 0, 100)]
+    assert sorted(blocks[:50]) == sorted(blocks[50:]) == list(range(50)) and blocks[:50] != blocks[50:]
 
 
 def test_shuffling_reaches_over_blocks_and_domains_keep_their_share():
@@ -192,16 +199,17 @@ def test_shuffling_reaches_over_blocks_and_domains_keep_their_share():
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0, 1.0)])
 def test_without_a_window_domains_are_read_in_index_order(weights):
     case = replace(CASE, window=0, weights=weights)
+    # Stream after stream: each reads its own interval of every domain.
+    rows, domains = [], []
     for number in range(case.streams):
         rank = case.rank(number, case.streams)
-        rows, domains = [], []
         for step in range(rank.steps):
             batch = rank.batch(0, step)
             rows += batch.row[batch.valid].tolist()
             domains += batch.domain[batch.valid].tolist()
-        for domain, (start, length) in enumerate(((0, 101), (101, 39), (140, 4))):
-            mine = [row - start for row, d in zip(rows, domains, strict=True) if d == domain]
-            assert mine == [(mine[0] + i) % length for i in range(len(mine))] if mine else True
+    for domain, (start, length) in enumerate(((0, 101), (101, 39), (140, 4))):
+        found = [row - start for row, d in zip(rows, domains, strict=True) if d == domain]
+        assert found == [i % length for i in range(case.order().quotas[domain])]
 
 
 def test_the_short_last_batch_is_dropped_or_masked():
@@ -212,7 +220,8 @@ def test_the_short_last_batch_is_dropped_or_masked():
     steps, dropped = read(ragged, 3), read(replace(ragged, drop_last=True), 3)
     assert [len(step) for step in steps] == [32] * 4 + [16]
     assert dropped == steps[:4]
-    assert read(replace(CASE, per_stream=100, drop_last=True), 2) == []
+    # Streams of 6 and of 7 rows: nobody has a full batch of 7 unless all have.
+    assert read(Case(((51,),), per_stream=7, drop_last=True), 2) == []
 
 
 @pytest.mark.parametrize("window", [0, 5, 60, 1000])

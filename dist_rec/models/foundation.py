@@ -1,6 +1,7 @@
 """The multi-domain search and recommendation foundation model (Gong et al., CIKM'23).
 
     x      = E(U) (+) E(Q) (+) E(I)   (+) E(U)*E(I) (+) E(Q)*E(I) with `products` (ours)
+                                      (+) cos(t_Q, t_I) with `text_match` (ours)
     x_hat  = W_k (x (+) E_Dk) + b_k
     logits = towers_k(gates_k(experts(x_hat)))
     L      = sum_t weight_t L_t + weight * L_reg(x_hat) + embedding_l2 * mean_b sum_f |e_bf|^2
@@ -116,7 +117,8 @@ class FoundationModel(nn.Module):
             # E_D: one table, key of the domain gate and input of the adaptation.
             self.domains = nn.Embedding(num_domains, width)
             nn.init.normal_(self.domains.weight, std=width**-0.5)
-        inputs = width * (5 if config.products else 3)
+        self.matched = (texts["query"], texts["item"]) if config.text_match and texts["query"] and texts["item"] else None
+        inputs = width * (5 if config.products else 3) + (1 if self.matched else 0)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptation.enabled:
             self.adaptation = DomainAdaptation(num_domains, inputs, width, config.adaptation.width)
@@ -149,10 +151,12 @@ class FoundationModel(nn.Module):
         return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
 
     def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """x `[B, 3H or 5H]` and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
+        """x `[B, 3H or 5H, + 1]` and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
         dtype, device = self.body.towers.layers[0].weight.dtype, batch.domain.device
         lengths = id_lengths(batch)
-        texts = self._texts(batch, dtype)
+        vectors = self._text_vectors(batch, dtype)
+        # E_lm of the T distinct texts, [T, H]: one W_lm for query, item, user and history.
+        texts = self.text_projection(vectors) if self.has_text else None
         domain = F.one_hot(batch.domain, self.num_domains).to(dtype)
         if self.uses_domains:
             domains = self.domains(torch.arange(self.num_domains, device=device))
@@ -168,16 +172,17 @@ class FoundationModel(nn.Module):
         parts = [user, query, item]
         if self.config.products:
             parts += [user * item, query * item]
+        if self.matched:
+            directions = F.normalize(vectors, dim=1)
+            found = [row_texts(directions, batch.text_index[n], batch.text_lengths[n]) for (n,) in self.matched]
+            parts.append((found[0] * found[1]).sum(1, keepdim=True))
         return torch.cat(parts, 1), domains
 
-    def _texts(self, batch: Batch, dtype: torch.dtype) -> Tensor | None:
-        """E_lm of the T distinct texts, `[T, H]`: one W_lm for query, item, user and history."""
-        if not self.has_text:
-            return None
-        vectors = batch.text_vectors
-        if self.text_encoder is not None:
-            vectors = self.text_encoder(batch.text_tokens, batch.text_mask)
-        return self.text_projection(vectors.to(dtype))
+    def _text_vectors(self, batch: Batch, dtype: torch.dtype) -> Tensor:
+        """Vectors of the T distinct texts, `[T, D]`: stored ones, or the language model's."""
+        if self.text_encoder is None:
+            return batch.text_vectors.to(dtype)
+        return self.text_encoder(batch.text_tokens, batch.text_mask).to(dtype)
 
     def _histories(
         self,

@@ -98,13 +98,17 @@ def make_engine(
 def full_parameters(engine) -> dict[str, Tensor]:
     """Every dense parameter, whole and in fp32 on CPU, whatever the ZeRO stage. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
 
+    stage, module = engine.zero_optimization_stage(), engine.module
     full = {}
-    for name, parameter in engine.module.named_parameters():
-        value = None
-        if parameter.requires_grad and engine.zero_optimization_stage() > 0:
-            value = safe_get_full_fp32_param(parameter)
-        full[name] = (parameter if value is None else value).detach().float().cpu().clone()
-    for name, buffer in engine.module.named_buffers():
-        full[name] = buffer.detach().cpu().clone()
+    for name, parameter in module.named_parameters():
+        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad and stage > 0 else None
+        if value is None:
+            # Not trained, or not sharded; stage 3 cuts up even what is not trained.
+            with GatheredParameters([parameter], enabled=stage == 3):
+                value = parameter.detach().clone()
+        full[name] = value.detach().float().cpu().clone()
+    for name in module.state_dict().keys() - full.keys():
+        full[name] = module.get_buffer(name).detach().cpu().clone()
     return full
