@@ -35,7 +35,7 @@ def data(intact, tmp_path) -> str:
 
 
 def write_config(folder: Path, root: str, **sections) -> Path:
-    """A config that trains the data set at `root` in index order, so that the first batches are good where the last rows are not."""
+    """A config that trains the data set at `root` in index order: bad last rows leave the first batches good."""
     base = {
         "run": {"root": str(folder / "runs"), "name": "run"},
         "data": {"train": root, "batch_size": 16, "streams": 2, "shuffle_window": 0, "read_ahead": 1},

@@ -88,7 +88,7 @@ def make_batch(
     """Turn rows into a batch of exactly `size` rows, masking what is missing.
 
     Args:
-        rows: at most `size` rows.
+        rows: at most `size` rows, compact (see `Rows.compact`): all their texts become part of the batch.
         schema: the data set's schema; its feature order is the key order.
         size: B.
         vectors: looks up the frozen vectors of text keys: int64 `[T]` -> float32 `[T, D]`. None
@@ -108,7 +108,6 @@ def make_batch(
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
     )
-    rows = rows.compact()
     keys = rows.text_keys
     tokens, mask = _padded_tokens(rows.tokens, len(keys))
     labels, valid = {}, {}

@@ -97,8 +97,8 @@ def make_engine(
 
 def full_parameters(engine) -> dict[str, Tensor]:
     """Every dense parameter, whole and in fp32 on CPU, whatever the ZeRO stage. Collective."""
+    from deepspeed import zero
     from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed.zero import GatheredParameters
 
     stage, module = engine.zero_optimization_stage(), engine.module
     full = {}
@@ -106,7 +106,7 @@ def full_parameters(engine) -> dict[str, Tensor]:
         value = safe_get_full_fp32_param(parameter) if parameter.requires_grad and stage > 0 else None
         if value is None:
             # Not trained, or not sharded; stage 3 cuts up even what is not trained.
-            with GatheredParameters([parameter], enabled=stage == 3):
+            with zero.GatheredParameters([parameter], enabled=stage == 3):
                 value = parameter.detach().clone()
         full[name] = value.detach().float().cpu().clone()
     for name in module.state_dict().keys() - full.keys():

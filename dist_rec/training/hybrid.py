@@ -114,3 +114,5 @@ class Hybrid:
             batch = batch.to(self.device, non_blocking=True)
             with torch.no_grad():
                 yield batch, self._forward(batch)[1]
+        # Left to itself, the pipeline would send the ids of the batches in flight around once more.
+        self.pipeline.attach(sparse_dist=False)
