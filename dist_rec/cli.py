@@ -42,7 +42,9 @@ def shards_build(
     schema: Annotated[Path, typer.Option(help="The schema.yaml that says what a row is.")],
     sources: Annotated[list[str], typer.Option("--from", help="Glob of Parquet, CSV, TSV or JSON lines; repeatable.")],
     out: Annotated[str, typer.Option(help="Folder of the data set; new or empty.")],
-    join: Annotated[list[str], typer.Option(help="Side table FILE:KEY, joined on column KEY; repeatable.")] = [],
+    join: Annotated[
+        list[str] | None, typer.Option(help="Side table FILE:KEY, joined on column KEY; repeatable.")
+    ] = None,
     split: Annotated[str, typer.Option(help="random:8,1,1[:by=COLUMN], time:8,1,1 or column:COLUMN.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Model folder or package:PACKAGE/FOLDER; texts get token ids.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 32,
@@ -60,7 +62,7 @@ def shards_build(
     from .schema import load_schema
 
     joins = []
-    for text in join:
+    for text in join or []:
         path, _, key = text.rpartition(":")
         if not path or not key:
             raise UserError(f"--join {text!r}: write FILE:KEY, such as items.parquet:item_id.")
@@ -88,7 +90,9 @@ def shards_build(
 
 
 @shards.command("inspect")
-def shards_inspect(root: str, top: Annotated[int, typer.Option(help="Most frequent ids shown.")] = 5, as_json: Json = False) -> None:
+def shards_inspect(
+    root: str, top: Annotated[int, typer.Option(help="Most frequent ids shown.")] = 5, as_json: Json = False
+) -> None:
     """Schema, domains, rows, label rates, null shares, text lengths, most frequent ids."""
     from .data.inspect import inspect, print_inspection
 
@@ -112,7 +116,9 @@ def embed(
     data: Annotated[list[str], typer.Argument(help="Data sets, or folders above their splits.")],
     model: Annotated[str, typer.Option(help="Hugging Face folder or package:PACKAGE/FOLDER.")],
     out: Annotated[str, typer.Option(help="Folder of the vector store; an existing one is extended.")],
-    batch_tokens: Annotated[int, typer.Option(help="Tokens, padding included, at once; 0 is 512 on CPU, 32768 on CUDA.")] = 0,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens, padding included, at once; 0 is 512 on CPU, 32768 on CUDA.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="Precision of the model: fp32, bf16 or fp16.")] = "fp32",
     store_dtype: Annotated[str, typer.Option(help="Precision of the store: float16 or float32.")] = "float16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -182,7 +188,7 @@ def evaluate(
 def bench_experiment(
     config: Annotated[Path, typer.Argument(help="An experiment of configs/experiments.")],
     results: Annotated[Path, typer.Option(help="JSON list of results; runs that it has are not repeated.")],
-    only: Annotated[list[str], typer.Option(help="Glob of SPLIT/NAME/SEED; repeatable; default all.")] = [],
+    only: Annotated[list[str] | None, typer.Option(help="Glob of SPLIT/NAME/SEED; repeatable; default all.")] = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
     nproc_per_node: Ranks = 1,
     as_json: Json = False,
@@ -190,7 +196,7 @@ def bench_experiment(
     """Repeat a published protocol: every variant, split and seed of an experiment file."""
     from .bench.experiment import print_results, run_experiment
 
-    done = run_experiment(config, results, nproc_per_node, only, runs)
+    done = run_experiment(config, results, nproc_per_node, only or [], runs)
     print_results(done)
     _print_json(as_json, {"results": done})
 

@@ -1,6 +1,6 @@
 """One rank of the parity check: the hybrid against one unsharded process, in many layouts.
 
-    torchrun --standalone --nproc-per-node 3 tests/parity_worker.py DATA row_wise,column_wise 1,3 [section.key=value ...]
+    torchrun --standalone --nproc-per-node 3 tests/parity_worker.py DATA row_wise,table_wise 1,3 [section.key=value ..]
 
 Each rank trains its part with sharded tables and a ZeRO engine, and, beside it, the whole global
 batch with plain modules. For every sharding and stage:

@@ -81,7 +81,12 @@ def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[st
         run_keys = {"run.name": label, "run.root": str(runs)}
         config.write_text(yaml.safe_dump(_resolved(experiment, {**overrides, **run_keys}, label)))
         print(f"{label} ...", end=" ", flush=True)
-        entry = {"name": name, "seed": seed, "split": split, **_run(config, runs / label, nproc_per_node, experiment.task)}
+        entry = {
+            "name": name,
+            "seed": seed,
+            "split": split,
+            **_run(config, runs / label, nproc_per_node, experiment.task),
+        }
         done.append(entry)
         results.write_text("[\n" + ",\n".join(json.dumps(r) for r in done) + "\n]\n")
         print(f"AUC {entry['auc']:.4f}  {entry['train_rows_per_s']:,.0f} rows/s", flush=True)

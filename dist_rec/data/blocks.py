@@ -210,9 +210,7 @@ def _checked_ids(ids: Ragged, size: int, name: str, where: str) -> Ragged:
     if len(values) and (values.min() < 0 or values.max() >= size):
         at = int(np.flatnonzero((values < 0) | (values >= size))[0])
         row = int(np.searchsorted(ids.offsets, at, side="right")) - 1
-        raise UserError(
-            f"{where}, row {row}: {name!r} has id {values[at]}, outside its vocabulary 0 .. {size - 1}."
-        )
+        raise UserError(f"{where}, row {row}: {name!r} has id {values[at]}, outside its vocabulary 0 .. {size - 1}.")
     return ids
 
 
@@ -235,9 +233,7 @@ def _text_indices(column: pa.Array, where: str) -> tuple[Ragged, pa.StructArray]
     return _ragged(column.indices, where), column.dictionary
 
 
-def _merge_texts(
-    rows: Rows, columns: list[tuple[str, Ragged, pa.StructArray]], with_tokens: bool, where: str
-) -> None:
+def _merge_texts(rows: Rows, columns: list[tuple[str, Ragged, pa.StructArray]], with_tokens: bool, where: str) -> None:
     """One table of distinct texts over all text columns of the block."""
     if not columns:
         rows.tokens = Ragged(np.zeros(0, np.int32), np.zeros(1, np.int64)) if with_tokens else None

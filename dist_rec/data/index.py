@@ -128,7 +128,9 @@ def read_index(root: str) -> Index:
     index = from_dict(Index, data, path)
     for shard in index.shards:
         if shard.domain not in index.schema.domains.names:
-            raise UserError(f"{path}: shard {shard.file} is of domain {shard.domain!r}, which the schema does not name.")
+            raise UserError(
+                f"{path}: shard {shard.file} is of domain {shard.domain!r}, which the schema does not name."
+            )
         if "/" in shard.file or "\\" in shard.file or shard.file in ("", ".", ".."):
             raise UserError(f"{path}: shard name {shard.file!r} is not a plain file name.")
     return index

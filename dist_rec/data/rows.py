@@ -40,9 +40,7 @@ class Ragged:
 
     @classmethod
     def concat(cls, parts: Sequence[Ragged]) -> Ragged:
-        return cls.from_lengths(
-            np.concatenate([p.values for p in parts]), np.concatenate([p.lengths for p in parts])
-        )
+        return cls.from_lengths(np.concatenate([p.values for p in parts]), np.concatenate([p.lengths for p in parts]))
 
     def slice(self, start: int, stop: int) -> Ragged:
         """Lists start .. stop as views."""

@@ -117,7 +117,9 @@ class FoundationModel(nn.Module):
             # E_D: one table, key of the domain gate and input of the adaptation.
             self.domains = nn.Embedding(num_domains, width)
             nn.init.normal_(self.domains.weight, std=width**-0.5)
-        self.matched = (texts["query"], texts["item"]) if config.text_match and texts["query"] and texts["item"] else None
+        self.matched = (
+            (texts["query"], texts["item"]) if config.text_match and texts["query"] and texts["item"] else None
+        )
         inputs = width * (5 if config.products else 3) + (1 if self.matched else 0)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptation.enabled:

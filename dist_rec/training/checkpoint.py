@@ -149,7 +149,9 @@ def load_dense(checkpoint: Path, model: nn.Module) -> None:
     ]
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in sorted(faults)[:10])
-        raise UserError(f"checkpoint {checkpoint} is of another model than the config ({len(faults)} differences):\n{lines}")
+        raise UserError(
+            f"checkpoint {checkpoint} is of another model than the config ({len(faults)} differences):\n{lines}"
+        )
     model.load_state_dict(saved)
 
 

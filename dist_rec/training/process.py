@@ -55,8 +55,8 @@ def choose_device(config: Config) -> torch.device:
         raise UserError("train.device: cuda, but torch sees no GPU. Run `dist-rec doctor`, or set train.device: cpu.")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"this host has {torch.cuda.device_count()} GPU(s), and local rank {local_rank} needs one of its own: start "
-            "fewer ranks a host (--nproc-per-node)."
+            f"this host has {torch.cuda.device_count()} GPU(s), and local rank {local_rank} needs one of its own: "
+            "start fewer ranks a host (--nproc-per-node)."
         )
     return torch.device("cuda", local_rank)
 

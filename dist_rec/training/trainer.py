@@ -56,8 +56,8 @@ class Trainer:
         self.total_steps = min(every, config.train.steps) if config.train.steps else every
         if self.total_steps < 1:
             raise UserError(
-                f"an epoch of {config.data.train} has no full batch of {config.data.batch_size}: lower data.batch_size, "
-                "or set data.drop_last: false."
+                f"an epoch of {config.data.train} has no full batch of {config.data.batch_size}: lower "
+                "data.batch_size, or set data.drop_last: false."
             )
         tables, sharded, plan = build_tables(prepared, process, self.stream.batch_rows)
         self.plan = describe_plan(plan)
