@@ -58,9 +58,13 @@ def shards_build(
     as_json: Json = False,
 ) -> None:
     """Write shards of any data set from Parquet, CSV or JSON lines."""
+    import logging
+
     from .data.build import Join, build, parse_split
     from .schema import load_schema
 
+    # Values that a reused vocabulary does not know are a warning of the builder's.
+    logging.basicConfig(level=logging.WARNING, format="dist-rec: %(message)s")
     joins = []
     for text in join or []:
         path, _, key = text.rpartition(":")

