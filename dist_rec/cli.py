@@ -154,6 +154,8 @@ def train(context: typer.Context, config: Path, nproc_per_node: Ranks = 0, as_js
     """Train a config (under torchrun, or alone); any key is overridden by --section.key value."""
     from .config import load_config
 
+    if str(config).startswith("--"):
+        raise UserError(f"the config file comes first: dist-rec train CONFIG {config} ...")
     loaded = load_config(config, _overrides(context.args))
     _launch_if_asked(nproc_per_node)
     from .report import print_evaluation

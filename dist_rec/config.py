@@ -33,7 +33,7 @@ class RunConfig:
 
     name: str = "run"
     root: str = "runs"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
 
 @strict
@@ -84,7 +84,7 @@ ShardingName = Literal["auto", "table_wise", "column_wise", "row_wise"]
 class TableConfig:
     """What one table does differently. `None` takes the common value of `tables`."""
 
-    dim: int | None = Field(default=None, ge=1)
+    dim: int | None = Field(default=None, ge=4, multiple_of=4)
     sharding: ShardingName | None = None
 
 
@@ -92,8 +92,9 @@ class TableConfig:
 class TablesConfig:
     """Embedding tables, under TorchRec.
 
-    * `dim`: width of every table.
-    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose. A table too
+    * `dim`: width of every table, a multiple of 4, for fbgemm's kernels take nothing else.
+    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose
+      between table_wise and row_wise. A table too
       small to give every rank a row is placed table_wise where row_wise is asked for.
     * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
     * `init_std`: rows start as N(0, init_std).
@@ -101,7 +102,7 @@ class TablesConfig:
     * `overrides`: per table name.
     """
 
-    dim: int = Field(default=16, ge=1)
+    dim: int = Field(default=16, ge=4, multiple_of=4)
     sharding: ShardingName = "auto"
     optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
     learning_rate: float = Field(default=0.05, ge=0)
@@ -238,6 +239,9 @@ class ModelConfig:
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 @strict
 class DenseConfig:
     """Everything that is not a table, under DeepSpeed.
@@ -254,7 +258,7 @@ class DenseConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=1e-3, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: str = "fp32"

@@ -36,7 +36,7 @@ class Reference:
     def __init__(self, prepared, device):
         config = prepared.config
         self.device = device
-        self.stream = build_stream(prepared, "train", 0, 1)
+        self.stream = build_stream(prepared, "train", 0, 1, training=True)
         self.tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, device)
         specs = {spec.name: spec for spec in prepared.specs}
         with torch.no_grad():
@@ -68,7 +68,7 @@ class Reference:
 
 def make_hybrid(prepared, process):
     config = prepared.config
-    stream = build_stream(prepared, "train", process.rank, process.world_size)
+    stream = build_stream(prepared, "train", process.rank, process.world_size, training=True)
     tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
     engine = make_engine(
         build_model(prepared, DistributedReduction()),
@@ -165,7 +165,8 @@ def main():
                 check_sgd(prepare(from_dict(Config, base, "parity")), process, layout)
                 base["dense"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
                 base["text"]["learning_rate"] = 1e-3
-                rows_whole = sharding != "column_wise"
+                chosen = [sharding, *(o.get("sharding") for o in base["tables"].get("overrides", {}).values())]
+                rows_whole = "column_wise" not in chosen
                 base["tables"] |= {
                     "optimizer": "rowwise_adagrad" if rows_whole else "adagrad",
                     "learning_rate": 0.02,

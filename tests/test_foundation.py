@@ -89,18 +89,7 @@ def make_rows(n: int = 24, domains: list[int] | None = None, seed: int = 0, empt
 
 def cut(rows: Rows, mask: np.ndarray) -> Rows:
     """Some rows of `rows`, as a reader would deal them to a rank."""
-    at = np.flatnonzero(mask)
-    return Rows(
-        domain=rows.domain[at],
-        row=rows.row[at],
-        ids={n: r.take(at) for n, r in rows.ids.items()},
-        dense={n: v[at] for n, v in rows.dense.items()},
-        texts={n: r.take(at) for n, r in rows.texts.items()},
-        text_keys=rows.text_keys,
-        tokens=rows.tokens,
-        labels={n: v[at] for n, v in rows.labels.items()},
-        keys={n: v[at] for n, v in rows.keys.items()},
-    )
+    return rows.take(np.flatnonzero(mask))
 
 
 def text_vectors(keys: np.ndarray) -> np.ndarray:

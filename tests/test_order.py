@@ -169,6 +169,16 @@ def test_quotas_are_the_weights_shares():
     assert sum(quotas([10**9, 7, 3], [0.1, 0.7, 0.2])) == 10**9 + 10
 
 
+@pytest.mark.parametrize("lengths", [(150,), (50, 50, 50)])
+def test_a_domain_that_gives_some_of_its_rows_gives_others_in_the_next_epoch(lengths):
+    """Also where it is one block, which no shuffle of blocks moves."""
+    case = Case((lengths, (90,)), weights=(1.0, 3.0))
+    assert case.order().quotas[0] < 150
+    epochs = [{row for row in flat(read(case, 2, epoch)) if row < 150} for epoch in range(12)]
+    assert epochs[0] != epochs[1]
+    assert len(set.union(*epochs)) > 140
+
+
 CASE = Case(((30, 30, 30, 11), (30, 9), (4,)), seed=3)
 
 

@@ -145,3 +145,20 @@ def test_a_run_folder_is_never_written_over(runs):
         train(load_config(runs / "c.yaml"))
     assert not torch.distributed.is_initialized()
     assert {path: path.stat().st_mtime_ns for path in (runs / "runs" / "first").rglob("*")} == before
+
+
+def test_bf16_under_zero_3_with_weighted_domains(runs):
+    """The other end of what the config offers; and evaluating another split leaves the run's own alone."""
+    half = ["--run.name", "half", "--dense.precision", "bf16", "--dense.zero_stage", "3"]
+    weighted = ["--data.weights", "{big: 1, middle: 1, tiny: 0}", "--nproc-per-node", "2"]
+    done = run_command([sys.executable, "-m", "dist_rec", "train", str(runs / "c.yaml"), *half, *weighted], SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert "middle: an epoch reads " in done.stdout and " again, 0 not at all)" in done.stdout
+    run = runs / "runs" / "half"
+    losses = [line["losses"]["loss"] for line in lines(run) if "losses" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    before = (run / "evaluation.json").read_bytes()
+    done = run_command([sys.executable, "-m", "dist_rec", "evaluate", str(run), "--split", "valid"], SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "evaluation-valid.json").read_text())["split"] == "valid"
+    assert (run / "evaluation.json").read_bytes() == before

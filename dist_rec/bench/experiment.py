@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -37,9 +38,9 @@ class Experiment:
     """What is repeated: `config` with each of `variants`, on each of `splits`, for each seed."""
 
     config: dict[str, Any]
-    variants: dict[str, dict[str, Any]]
-    splits: dict[str, dict[str, Any]]
-    seeds: list[int]
+    variants: dict[str, dict[str, Any]] = Field(min_length=1)
+    splits: dict[str, dict[str, Any]] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
     task: str = "ctr"
     texts: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
@@ -113,14 +114,14 @@ def _run(config: Path, folder: Path, nproc_per_node: int, task: str) -> dict[str
     evaluation = json.loads((folder / "evaluation.json").read_text())
     overall = evaluation["overall"][task]
     return {
-        "auc": round(overall["auc"], 5),
-        "logloss": round(overall["logloss"], 5),
-        "domains": {
-            name: {"auc": round(tasks[task]["auc"], 5), "logloss": round(tasks[task]["logloss"], 5)}
-            for name, tasks in evaluation["domains"].items()
-        },
+        **_rounded(overall),
+        "domains": {name: _rounded(tasks[task]) for name, tasks in evaluation["domains"].items()},
         "train_rows_per_s": round(evaluation["rates"]["train_rows_per_s"]),
     }
+
+
+def _rounded(metrics: dict[str, Any]) -> dict[str, float | None]:
+    return {name: None if metrics[name] is None else round(metrics[name], 5) for name in ("auc", "logloss")}
 
 
 def print_results(results: list[dict[str, Any]]) -> None:

@@ -119,7 +119,7 @@ def read_index(root: str) -> Index:
         if splits:
             advice = f"Its splits are data sets: name {' or '.join(splits)}."
         raise UserError(f"no data set at {root}: {INDEX_NAME} is missing. {advice}") from None
-    except OSError as error:
+    except (OSError, ImportError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}.") from None
     try:
         data = json.loads(text)

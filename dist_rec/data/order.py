@@ -76,11 +76,12 @@ class Order:
         self.streams, self.seed = streams, seed
         self.per_stream = batch_size // streams
         self.shuffled = window > 0
-        domain_of = {name: i for i, name in enumerate(index.schema.domains.names)}
-        domains = len(domain_of)
+        self.domains = index.schema.domains.names
+        domain_of = {name: i for i, name in enumerate(self.domains)}
+        num_domains = len(domain_of)
         self.block_rows = np.array([b.rows for s in index.shards for b in s.blocks], np.int64)
         self.block_domain = np.array([domain_of[s.domain] for s in index.shards for _ in s.blocks], np.int64)
-        self.domain_blocks = [np.flatnonzero(self.block_domain == d) for d in range(domains)]
+        self.domain_blocks = [np.flatnonzero(self.block_domain == d) for d in range(num_domains)]
         self.domain_rows = [int(self.block_rows[blocks].sum()) for blocks in self.domain_blocks]
         self.quotas = quotas(self.domain_rows, weights)
         self._cut()
@@ -119,28 +120,35 @@ class Order:
         return pieces
 
     def _axis_pieces(self, epoch: int, domain: int, start: int, stop: int) -> list[Piece]:
-        """Rows start .. stop of a domain's axis; past its end, the axis goes on reshuffled."""
+        """Rows start .. stop of a domain's axis; past its end, the axis goes on reshuffled.
+
+        A pass over the axis starts at a row of its own and comes round, so that a domain that gives
+        an epoch only some of its rows gives others in the next.
+        """
         length, pieces = self.domain_rows[domain], []
         while start < stop:
-            passed, offset = divmod(start, length)
-            blocks, edges = self._axis(epoch, domain, passed)
+            passed, position = divmod(start, length)
+            blocks, edges, first = self._axis(epoch, domain, passed)
+            offset = (first + position) % length
             at = int(np.searchsorted(edges, offset, side="right")) - 1
             inside = offset - int(edges[at])
-            taken = min(int(edges[at + 1]) - offset, stop - start)
+            taken = min(int(edges[at + 1]) - offset, length - position, stop - start)
             pieces.append(Piece(int(blocks[at]), inside, inside + taken))
             start += taken
         return pieces
 
-    def _axis(self, epoch: int, domain: int, passed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Blocks of a domain in the order of this epoch and pass, and their row edges."""
+    def _axis(self, epoch: int, domain: int, passed: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Blocks of a domain in the order of this epoch and pass, their row edges, the row it starts at."""
         key = (epoch, domain, passed)
         if getattr(self, "_cached_epoch", None) != epoch:
             self._cached_epoch, self._axes = epoch, {}
         if key not in self._axes:
-            blocks = self.domain_blocks[domain]
+            blocks, first = self.domain_blocks[domain], 0
             if self.shuffled:
-                blocks = _generator(self.seed, _AXIS, *key).permutation(blocks)
-            self._axes[key] = blocks, np.concatenate([[0], np.cumsum(self.block_rows[blocks])])
+                generator = _generator(self.seed, _AXIS, *key)
+                blocks = generator.permutation(blocks)
+                first = int(generator.integers(self.domain_rows[domain]))
+            self._axes[key] = blocks, np.concatenate([[0], np.cumsum(self.block_rows[blocks])]), first
         return self._axes[key]
 
     def arrangement(self, epoch: int, stream: int, window: int, counts: np.ndarray) -> np.ndarray:
@@ -155,8 +163,8 @@ class Order:
         return np.argsort(moments, kind="stable")
 
     def summary(self) -> dict[str, dict[str, int]]:
-        """Per domain position: rows there are, rows read an epoch, of which repeats, and left out."""
+        """Per domain: rows there are, rows read an epoch, how many of those again, how many not at all."""
         return {
-            str(d): {"rows": n, "quota": q, "repeated": max(q - n, 0), "left_out": max(n - q, 0)}
-            for d, (n, q) in enumerate(zip(self.domain_rows, self.quotas, strict=True))
+            name: {"rows": n, "quota": q, "repeated": max(q - n, 0), "left_out": max(n - q, 0)}
+            for name, n, q in zip(self.domains, self.domain_rows, self.quotas, strict=True)
         }

@@ -58,8 +58,13 @@ class ShardReader:
             data = self.fs.cat_file(join(self.root, shard.file), start=block.offset, end=block.offset + block.bytes)
         except FileNotFoundError:
             raise UserError(f"{where}: the shard is missing. Restore it, or build the data set again.") from None
-        except OSError as error:
+        except Exception as error:  # what a file system raises is its own affair, HTTP's are no OSErrors
             raise UserError(f"{where}: cannot be read: {error}.") from None
+        if len(data) != block.bytes:
+            raise UserError(
+                f"{where} is damaged: {len(data)} bytes came where {block.bytes} were asked for; the shard is short, or "
+                "its server ignores byte ranges. Run `dist-rec shards verify`."
+            )
         members = tar_file_expander(iter([{"url": shard.file, "stream": io.BytesIO(data)}]))
         try:
             samples = list(group_by_keys(members))

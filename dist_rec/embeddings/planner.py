@@ -100,14 +100,14 @@ def make_plan(
 def _allowed(spec: TableSpec, world_size: int) -> list[str]:
     """Sharding types this table may get.
 
-    A row-wise cut that leaves a rank without rows makes fbgemm's CPU kernels read past their
+    `auto` leaves column-wise to whoever asks for it: under row-wise Adagrad it is another
+    algorithm, with one momentum a column shard, and so would depend on the number of ranks. A row-wise cut that leaves a rank without rows makes fbgemm's CPU kernels read past their
     arrays (seen as a random "more than 2B rows"), so such a small table goes table-wise.
     """
-    types = SHARDING_TYPES if spec.sharding == "auto" else [spec.sharding]
-    row_wise = ShardingType.ROW_WISE.value
-    if row_wise in types and spec.rows <= -(-spec.rows // world_size) * (world_size - 1):
-        return [t for t in types if t != row_wise] or [ShardingType.TABLE_WISE.value]
-    return types
+    row_wise, table_wise = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value
+    if spec.sharding in ("auto", row_wise) and spec.rows <= -(-spec.rows // world_size) * (world_size - 1):
+        return [table_wise]
+    return [table_wise, row_wise] if spec.sharding == "auto" else [spec.sharding]
 
 
 def _partition(spec: TableSpec, world_size: int) -> int:

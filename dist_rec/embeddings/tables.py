@@ -68,6 +68,8 @@ def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> li
                 sharding=(override and override.sharding) or config.sharding,
             )
         )
+    if not specs and not faults:
+        faults.append("no id or ids feature is left, and a run without any table is not offered: keep one")
     widths = {spec.dim for spec in specs if spec.sequence}
     if len(widths) > 1:
         faults.append(
@@ -145,7 +147,7 @@ class EmbeddingTables(nn.Module):
         found = dict(bags.to_dict()) if bags is not None else {}
         found |= {name: _pooled(sequences[name]) for name in self.single_features}
         if self.mean:
-            lengths = batch.ids.lengths().view(len(batch.ids.keys()), -1, 1)
+            lengths = batch.ids.lengths().view(len(batch.ids.keys()), len(batch), 1)
             for i, name in enumerate(batch.ids.keys()):
                 if name in self.list_features:
                     found[name] = found[name] / lengths[i].clamp(min=1)

@@ -47,7 +47,10 @@ def save(
 
     Args:
         dense: whole parameters by name; only rank 0's are written.
-        plan: what `describe_plan` gave, for the reader's information.
+        plan: what `describe_plan` gave: which ranks hold shards, and for the reader's information.
+
+    Raises:
+        UserError: `folder` is not one folder for all ranks.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f".{final.name}.partial"
@@ -60,6 +63,7 @@ def save(
     with _quiet():
         dcp.save(weights, storage_writer=HuggingFaceStorageWriter(str(partial / "tables"), save_distributed=True))
     if main:
+        _check_all_came(partial / "tables", plan)
         save_file(dense, partial / "dense.safetensors")
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         state = {
@@ -76,6 +80,17 @@ def save(
         (folder / ".latest.partial").rename(folder / "latest")
     dist.barrier()
     return final
+
+
+def _check_all_came(tables: Path, plan: dict[str, Any]) -> None:
+    """Refuse to publish a checkpoint whose other shards lie on other hosts."""
+    expected = {shard["rank"] for table in plan.values() for shard in table["shards"]}
+    missing = expected - {int(path.name.split("-")[1]) - 1 for path in tables.glob("shard-*.safetensors")}
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks the table shards of ranks {sorted(missing)}: run.root must lie on a file system that "
+            "all hosts share."
+        )
 
 
 def find(path: Path) -> Path:

@@ -63,7 +63,10 @@ def choose_device(config: Config) -> torch.device:
 
 @contextmanager
 def process_group(config: Config, device: torch.device) -> Iterator[Process]:
-    """Join the ranks (alone without torchrun), and leave them however the body ends."""
+    """Join the ranks (alone without torchrun), and leave them when all are done.
+
+    After a fault nobody leaves: the process is about to end.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -6,6 +6,7 @@ model and the sharded tables of a rank that has joined the others.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
 from ..config import Config, TablesConfig, check_names
-from ..data.index import Index, read_index
+from ..data.index import Index, TokenizerInfo, read_index
 from ..data.order import Order
 from ..data.stream import Stream
 from ..embeddings.planner import make_plan
@@ -23,6 +24,7 @@ from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..models.foundation import FoundationModel
 from ..schema import Schema
+from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
 from .process import Process, world_size
 
@@ -64,10 +66,6 @@ def prepare(config: Config) -> Prepared:
     data = config.data
     roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
     indexes = {split: attempt(read_index, root) for split, root in roots.items() if root is not None}
-    if config.text.mode == "full":
-        from ..text.paths import resolve_model_folder
-
-        attempt(resolve_model_folder, config.text.model)
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
     if data.streams < world_size():
         faults.append(
@@ -83,10 +81,8 @@ def prepare(config: Config) -> Prepared:
         specs = attempt(table_specs, schema, config.tables, features)
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
-        if config.text.mode == "full" and train.tokenizer is None:
-            faults.append(
-                f"text.mode is full, but {data.train} was built without a tokenizer: build it with --tokenizer"
-            )
+        if config.text.mode == "full":
+            attempt(_check_tokenizer, config.text.model, data.train, train.tokenizer)
         # Faulty overrides hide no fault of the model, for which any widths will do.
         trial = specs if specs is not None else table_specs(schema, TablesConfig(), features)
         attempt(_try_model, schema, config, trial, features)
@@ -111,7 +107,29 @@ def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
     for split, index in indexes.items():
         if index is not None and index.schema != train.schema:
             faults.append(f"data.{split}: its schema or vocabularies are not those of data.train; build them together")
+        elif index is not None and index.tokenizer != train.tokenizer:
+            faults.append(f"data.{split}: its tokenizer is not that of data.train; build them together")
     return faults
+
+
+def _check_tokenizer(model: str, root: str, tokenizer: TokenizerInfo | None) -> None:
+    """Refuse a language model that would read another tokenizer's ids, or longer texts than it can."""
+    folder = resolve_model_folder(model)
+    if tokenizer is None:
+        raise UserError(
+            f"text.mode is full, but {root} was built without a tokenizer: build it with --tokenizer {model}"
+        )
+    if tokenizer.fingerprint != tokenizer_fingerprint(folder):
+        raise UserError(
+            f"{root} has token ids of {tokenizer.name}, whose tokenizer is not that of text.model {model}: build it with "
+            f"--tokenizer {model}"
+        )
+    longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
+    if longest is not None and tokenizer.max_length > longest:
+        raise UserError(
+            f"{root} has texts of up to {tokenizer.max_length} tokens, text.model {model} takes {longest}: build it with "
+            f"--max-tokens {longest}"
+        )
 
 
 def _try_model(schema: Schema, config: Config, specs: list[TableSpec], features: list[str]) -> None:
@@ -141,10 +159,10 @@ def used_features(schema: Schema, config: Config) -> list[str]:
     return used
 
 
-def build_stream(prepared: Prepared, split: str, rank: int, world: int) -> Stream:
-    """The stream of one split: shuffled as configured for training, in order otherwise."""
+def build_stream(prepared: Prepared, split: str, rank: int, world: int, training: bool = False) -> Stream:
+    """The stream of one split: mixed and shuffled as configured for training; else every row, in order."""
     config, index = prepared.config, prepared.indexes[split]
-    data, training = config.data, split == "train"
+    data = config.data
     batch_size = data.batch_size if training or not config.evaluate.batch_size else config.evaluate.batch_size
     weights, domains = None, index.schema.domains.names
     if training and (data.weights or data.domains):

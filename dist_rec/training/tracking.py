@@ -23,6 +23,8 @@ class NoTracker:
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None: ...
 
+    def data(self, summary: dict[str, dict[str, int]]) -> None: ...
+
     def say(self, text: str) -> None: ...
 
     def close(self) -> None: ...
@@ -81,6 +83,16 @@ class Tracker(NoTracker):
                 for name, value in metrics.items():
                     if value is not None:
                         self.board.add_scalar(f"{scope}/{task}/{name}", value, step)
+
+    def data(self, summary: dict[str, dict[str, int]]) -> None:
+        """Record what an epoch reads of each domain; say where that is not every row once."""
+        self._write({"data": summary})
+        for name, rows in summary.items():
+            if rows["repeated"] or rows["left_out"]:
+                self.say(
+                    f"{name}: an epoch reads {rows['quota']:,} of {rows['rows']:,} rows "
+                    f"({rows['repeated']:,} again, {rows['left_out']:,} not at all)"
+                )
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False)

@@ -51,7 +51,7 @@ class Trainer:
     def __init__(self, prepared: Prepared, process: Process, folder: Path) -> None:
         self.prepared, self.process, self.folder = prepared, process, folder
         config = self.config = prepared.config
-        self.stream = build_stream(prepared, "train", process.rank, process.world_size)
+        self.stream = build_stream(prepared, "train", process.rank, process.world_size, training=True)
         every = self.stream.steps * config.train.epochs
         self.total_steps = min(every, config.train.steps) if config.train.steps else every
         if self.total_steps < 1:
@@ -96,14 +96,14 @@ class Trainer:
             if self.step % config.train.log_every == 0 or self.step == self.total_steps:
                 losses = {name: float(value) for name, value in output["losses"].items()}
                 now = time.monotonic()
-                rate = (self.step - last_step) * config.data.batch_size / (now - last)
-                tracker.step(self.step, losses, round(rate, 1))
+                rate = (self.rows_until(self.step) - self.rows_until(last_step)) / (now - last)
                 last, last_step = now, self.step
                 if not all(value == value for value in losses.values()):
                     raise UserError(
                         f"the loss is not a number at step {self.step}: {losses}. Lower the learning rates "
                         "(dense.learning_rate, tables.learning_rate)."
                     )
+                tracker.step(self.step, losses, round(rate, 1))
             every = config.train.evaluate_every
             if every and self.step % every == 0 and self.step < self.total_steps and "valid" in self.prepared.indexes:
                 before = time.monotonic()
@@ -111,11 +111,11 @@ class Trainer:
                 evaluating += time.monotonic() - before
                 last, last_step = time.monotonic(), self.step
         seconds = time.monotonic() - started - evaluating
-        return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(self.rows_trained() / seconds, 1)}
+        return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(self.rows_until(self.step) / seconds, 1)}
 
-    def rows_trained(self) -> int:
-        """Rows of all steps, masked ones left out."""
-        full, rest = divmod(self.total_steps, self.stream.steps)
+    def rows_until(self, step: int) -> int:
+        """Rows of the first `step` steps over all ranks, masked ones left out."""
+        full, rest = divmod(step, self.stream.steps)
         order = self.stream.order
         short = sum(min(order.stream_rows(s), rest * order.per_stream) for s in range(order.streams))
         epoch = sum(min(order.stream_rows(s), order.steps * order.per_stream) for s in range(order.streams))
@@ -135,7 +135,7 @@ class Trainer:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Key dropout by (seed, step, rank)."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
 
 
 def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict) -> dict[str, Any]:
@@ -183,14 +183,17 @@ def train(config: Config) -> Path:
             save_config(config, folder / "config.yaml")
             (folder / "plan.json").write_text(json.dumps(trainer.plan, indent=1))
             tracker = Tracker(folder, trainer.total_steps)
-        rates = trainer.train(tracker)
-        trainer.save()
-        split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
-        started = time.monotonic()
-        result = trainer.evaluate(split)
-        seconds = time.monotonic() - started
-        tracker.evaluation(trainer.step, result)
-        tracker.close()
+        tracker.data(trainer.stream.order.summary())
+        try:
+            rates = trainer.train(tracker)
+            trainer.save()
+            split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
+            started = time.monotonic()
+            result = trainer.evaluate(split)
+            seconds = time.monotonic() - started
+            tracker.evaluation(trainer.step, result)
+        finally:
+            tracker.close()
         if process.is_main:
             rates |= {
                 "evaluate_seconds": round(seconds, 2),
@@ -201,5 +204,16 @@ def train(config: Config) -> Path:
 
 
 def write_evaluation(folder: Path, entry: dict[str, Any]) -> None:
-    """evaluation.json of the run folder: split, step, rates, overall, domains."""
-    (folder / "evaluation.json").write_text(json.dumps(entry, indent=1))
+    """evaluation.json of the run folder: split, step, rates, overall, domains.
+
+    Evaluated again, the split it holds is replaced and the rates of training stay; another split
+    goes to evaluation-<split>.json beside it.
+    """
+    path = folder / "evaluation.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        if held["split"] == entry["split"]:
+            entry = {**entry, "rates": {**held["rates"], **entry["rates"]}}
+        else:
+            path = folder / f"evaluation-{entry['split']}.json"
+    path.write_text(json.dumps(entry, indent=1))
