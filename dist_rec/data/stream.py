@@ -62,8 +62,8 @@ class ShardReader:
             raise UserError(f"{where}: cannot be read: {error}.") from None
         if len(data) != block.bytes:
             raise UserError(
-                f"{where} is damaged: {len(data)} bytes came where {block.bytes} were asked for; the shard is short, or "
-                "its server ignores byte ranges. Run `dist-rec shards verify`."
+                f"{where} is damaged: {len(data)} bytes came where {block.bytes} were asked for; the shard is short, "
+                "or its server ignores byte ranges. Run `dist-rec shards verify`."
             )
         members = tar_file_expander(iter([{"url": shard.file, "stream": io.BytesIO(data)}]))
         try:

@@ -101,7 +101,9 @@ def _allowed(spec: TableSpec, world_size: int) -> list[str]:
     """Sharding types this table may get.
 
     `auto` leaves column-wise to whoever asks for it: under row-wise Adagrad it is another
-    algorithm, with one momentum a column shard, and so would depend on the number of ranks. A row-wise cut that leaves a rank without rows makes fbgemm's CPU kernels read past their
+    algorithm, with one momentum a column shard, and so would depend on the number of ranks.
+
+    A row-wise cut that leaves a rank without rows makes fbgemm's CPU kernels read past their
     arrays (seen as a random "more than 2B rows"), so such a small table goes table-wise.
     """
     row_wise, table_wise = ShardingType.ROW_WISE.value, ShardingType.TABLE_WISE.value

@@ -88,8 +88,8 @@ def _check_all_came(tables: Path, plan: dict[str, Any]) -> None:
     missing = expected - {int(path.name.split("-")[1]) - 1 for path in tables.glob("shard-*.safetensors")}
     if missing:
         raise UserError(
-            f"the checkpoint lacks the table shards of ranks {sorted(missing)}: run.root must lie on a file system that "
-            "all hosts share."
+            f"the checkpoint lacks the table shards of ranks {sorted(missing)}: run.root must lie on a file "
+            "system that all hosts share."
         )
 
 

@@ -121,14 +121,14 @@ def _check_tokenizer(model: str, root: str, tokenizer: TokenizerInfo | None) -> 
         )
     if tokenizer.fingerprint != tokenizer_fingerprint(folder):
         raise UserError(
-            f"{root} has token ids of {tokenizer.name}, whose tokenizer is not that of text.model {model}: build it with "
-            f"--tokenizer {model}"
+            f"{root} has token ids of {tokenizer.name}, whose tokenizer is not that of text.model {model}: build it "
+            f"with --tokenizer {model}"
         )
     longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     if longest is not None and tokenizer.max_length > longest:
         raise UserError(
-            f"{root} has texts of up to {tokenizer.max_length} tokens, text.model {model} takes {longest}: build it with "
-            f"--max-tokens {longest}"
+            f"{root} has texts of up to {tokenizer.max_length} tokens, text.model {model} takes {longest}: build it "
+            f"with --max-tokens {longest}"
         )
 
 
