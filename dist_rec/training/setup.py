@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -82,7 +83,8 @@ def prepare(config: Config) -> Prepared:
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
         if config.text.mode == "full":
-            attempt(_check_tokenizer, config.text.model, data.train, train.tokenizer)
+            folder = attempt(resolve_model_folder, config.text.model)
+            attempt(_check_tokenizer, config.text.model, folder, data.train, train.tokenizer)
         # Faulty overrides hide no fault of the model, for which any widths will do.
         trial = specs if specs is not None else table_specs(schema, TablesConfig(), features)
         attempt(_try_model, schema, config, trial, features)
@@ -112,13 +114,17 @@ def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
     return faults
 
 
-def _check_tokenizer(model: str, root: str, tokenizer: TokenizerInfo | None) -> None:
-    """Refuse a language model that would read another tokenizer's ids, or longer texts than it can."""
-    folder = resolve_model_folder(model)
+def _check_tokenizer(model: str, folder: Path | None, root: str, tokenizer: TokenizerInfo | None) -> None:
+    """Refuse a language model that would read another tokenizer's ids, or longer texts than it can.
+
+    `folder` is the model's, None where that is a fault already.
+    """
     if tokenizer is None:
         raise UserError(
             f"text.mode is full, but {root} was built without a tokenizer: build it with --tokenizer {model}"
         )
+    if folder is None:
+        return
     if tokenizer.fingerprint != tokenizer_fingerprint(folder):
         raise UserError(
             f"{root} has token ids of {tokenizer.name}, whose tokenizer is not that of text.model {model}: build it "
