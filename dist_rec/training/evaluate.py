@@ -5,7 +5,6 @@ Needs no engine: the dense model is loaded whole on every rank, the tables are s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,15 +49,9 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
                 with torch.no_grad():
                     yield batch, model(tables.vectors(sharded(batch), batch), batch)
 
-        started = time.monotonic()
         tasks = {task: spec.label for task, spec in model.tasks.items()}
         result = evaluate(prepared, tasks, stream, predict)
-        seconds = time.monotonic() - started
-        rates = {
-            "evaluate_seconds": round(seconds, 2),
-            "evaluate_rows_per_s": round(prepared.indexes[split].rows / seconds, 1),
-        }
-        entry = {"split": split, "step": state["step"], "rates": rates, **result}
+        entry = {"split": split, "step": state["step"], **result}
         if process.is_main:
             write_evaluation(run, entry)
     return entry

@@ -139,13 +139,13 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict) -> dict[str, Any]:
-    """Run `predict` over a stream and compute every metric. Collective.
+    """Run `predict` over a stream and compute every metric, and how fast it went. Collective.
 
     Args:
         tasks: label of each task.
         predict: iterator of batches -> iterator of (batch, output with `logits`).
     """
-    schema = prepared.schema
+    started, schema = time.monotonic(), prepared.schema
     evaluation = Evaluation(schema.domains.names, list(tasks), prepared.config.evaluate.ndcg_at)
     for batch, output in predict(stream.batches(epoch=0)):
         for task, label in tasks.items():
@@ -161,7 +161,10 @@ def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict)
                 batch.query,
                 batch.row,
             )
-    return evaluation.compute()
+    metrics = evaluation.compute()
+    seconds = time.monotonic() - started
+    rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.index.rows / seconds, 1)}
+    return {"rates": rates, **metrics}
 
 
 def train(config: Config) -> Path:
@@ -188,18 +191,13 @@ def train(config: Config) -> Path:
             rates = trainer.train(tracker)
             trainer.save()
             split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
-            started = time.monotonic()
             result = trainer.evaluate(split)
-            seconds = time.monotonic() - started
             tracker.evaluation(trainer.step, result)
         finally:
             tracker.close()
         if process.is_main:
-            rates |= {
-                "evaluate_seconds": round(seconds, 2),
-                "evaluate_rows_per_s": round(prepared.indexes[split].rows / seconds, 1),
-            }
-            write_evaluation(folder, {"split": split, "step": trainer.step, "rates": rates, **result})
+            rates |= result["rates"]
+            write_evaluation(folder, {"split": split, "step": trainer.step, **result, "rates": rates})
     return folder
 
 
