@@ -13,6 +13,7 @@ from conftest import SMALL_SCHEMA, run_command, small_table
 from typer.testing import CliRunner
 
 from dist_rec import cli
+from dist_rec.cli.common import overrides
 from dist_rec.errors import UserError
 
 
@@ -123,11 +124,12 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, capsys):
 
 
 def test_overrides_are_read_in_both_spellings():
-    assert cli._overrides(["--train.steps", "3", "--run.name=a=b", "--data.valid", "--x"]) == {
+    assert overrides(["--train.steps", "3", "--run.name=a=b", "--data.valid", "--x", "--data.drop_last"]) == {
         "train.steps": "3",
         "run.name": "a=b",
         "data.valid": "--x",
+        "data.drop_last": "true",
     }
     for wrong in (["train.steps", "3"], ["--steps=3"], ["-t.s", "3"]):
         with pytest.raises(UserError, match="unknown argument"):
-            cli._overrides(wrong)
+            overrides(wrong)

@@ -38,7 +38,7 @@ def write_config(folder: Path, root: str, **sections) -> Path:
     """A config that trains the data set at `root` in index order: bad last rows leave the first batches good."""
     base = {
         "run": {"root": str(folder / "runs"), "name": "run"},
-        "data": {"train": root, "batch_size": 16, "streams": 2, "shuffle_window": 0, "read_ahead": 1},
+        "data": {"train": root, "batch_size": 16, "streams": 2, "shuffle_window": 16, "read_ahead": 1},
         "tables": {"dim": 4},
         "model": {"width": 8, "history": {"kind": "mean"}},
         "train": {"log_every": 1},

@@ -62,10 +62,7 @@ class Case:
     def rank(self, rank: int = 0, world_size: int = 1) -> Stream:
         """A rank's stream over numbered rows instead of files."""
         index = self.index()
-        stream = Stream("nowhere", index, self.order(), [], rank=rank, world_size=world_size)
-        for logical in stream.streams:
-            logical.reader = _Numbered(index)
-        return stream
+        return Stream(_Numbered(index), self.order(), rank=rank, world_size=world_size)
 
     @property
     def rows(self) -> int:
@@ -76,6 +73,7 @@ class _Numbered:
     """Blocks whose rows know nothing but their number in the data set."""
 
     def __init__(self, index: Index) -> None:
+        self.index = index
         lengths = [block.rows for shard in index.shards for block in shard.blocks]
         names = index.schema.domains.names
         self.domains = [names.index(shard.domain) for shard in index.shards for _ in shard.blocks]

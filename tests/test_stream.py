@@ -17,8 +17,9 @@ from toy_shards import TOKENIZER, values
 from dist_rec.data.blocks import text_key
 from dist_rec.data.index import read_index
 from dist_rec.data.order import Order
+from dist_rec.data.reader import ShardReader
 from dist_rec.data.rows import Ragged, Rows
-from dist_rec.data.stream import ShardReader, Stream
+from dist_rec.data.stream import Stream
 from dist_rec.errors import UserError
 from dist_rec.text.paths import tokenizer_file
 
@@ -31,10 +32,11 @@ def tokenised(tmp_path_factory) -> str:
     return build_small(tmp_path_factory.mktemp("tokenised"), tokenizer=TOKENIZER)
 
 
-def open_stream(root: str, *, batch_size=48, window=64, seed=1, rank=0, world_size=1, **options) -> Stream:
+def open_stream(root: str, *, batch_size=48, window=64, seed=1, rank=0, world_size=1, with_tokens=False, **options):
     index = read_index(root)
     order = Order(index, streams=8, batch_size=batch_size, window=window, seed=seed)
-    return Stream(root, index, order, list(index.schema.features), rank=rank, world_size=world_size, **options)
+    reader = ShardReader(root, index, list(index.schema.features), with_tokens)
+    return Stream(reader, order, rank=rank, world_size=world_size, **options)
 
 
 def raw_rows(root: str) -> list[dict]:

@@ -17,6 +17,7 @@ from torchrec.distributed.types import ShardingPlan
 from ..config import Config, TablesConfig, check_names
 from ..data.index import Index, TokenizerInfo, read_index
 from ..data.order import Order
+from ..data.reader import ShardReader
 from ..data.stream import Stream
 from ..embeddings.planner import make_plan
 from ..embeddings.sharding import attach_optimizer, shard
@@ -187,13 +188,10 @@ def build_stream(prepared: Prepared, split: str, rank: int, world: int, training
         drop_last=data.drop_last and training,
     )
     return Stream(
-        prepared.root(split),
-        index,
+        ShardReader(prepared.root(split), index, prepared.features, config.text.mode == "full"),
         order,
-        prepared.features,
         rank=rank,
         world_size=world,
-        with_tokens=config.text.mode == "full",
         vectors=prepared.store.lookup if prepared.store else None,
         read_ahead=data.read_ahead,
     )

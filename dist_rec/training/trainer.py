@@ -163,7 +163,7 @@ def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict)
             )
     metrics = evaluation.compute()
     seconds = time.monotonic() - started
-    rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.index.rows / seconds, 1)}
+    rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.reader.index.rows / seconds, 1)}
     return {"rates": rates, **metrics}
 
 

@@ -1,0 +1,87 @@
+"""The console command `dist-rec`: a verb is a function with a typed signature.
+
+The only place that parses arguments, prints errors and chooses exit codes: 0 done, 2 the user's
+input is wrong, anything else a fault of ours. Heavy imports happen in the verb that needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+
+import typer
+
+from ..errors import UserError
+from . import bench, run, shards
+from .common import WITH_OVERRIDES
+
+ECHO_SECONDS = 10
+
+app = typer.Typer(
+    name="dist-rec",
+    help="Distributed training of search-and-recommendation foundation models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(shards.app, name="shards")
+app.command()(run.embed)
+app.command(context_settings=WITH_OVERRIDES)(run.train)
+app.command(context_settings=WITH_OVERRIDES)(run.evaluate)
+app.add_typer(bench.app, name="bench")
+app.command()(run.doctor)
+
+
+def main() -> None:
+    """Run a verb and end with its exit code.
+
+    A rank ends without Python's own clean-up, which could wait for ranks and threads that may be gone.
+    """
+    code = 0
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        _complain(str(error))
+        code = 2
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.Abort:
+        code = 130
+    except Exception as error:
+        code = _end_of(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _complain(message: str) -> None:
+    """Say the user's fault on stderr, once for all ranks that meet it."""
+    from ..launch import first_to_say
+
+    if first_to_say(message):
+        # Before the ranks have met, a fault belongs to none of them.
+        met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        rank = f"rank {os.environ['RANK']}: " if met and int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"dist-rec: {rank}{message}", file=sys.stderr)
+
+
+def _end_of(error: Exception) -> int:
+    """Exit code of an exception that is no UserError, after saying what there is to say."""
+    from ..launch import first_to_say, is_echo
+
+    if hasattr(error, "exit_code") and hasattr(error, "show"):
+        if first_to_say(str(error)):
+            error.show()
+        return error.exit_code
+    if is_echo(error):
+        # If the lost rank was of this host, its agent ends this one meanwhile: the cause is told there.
+        time.sleep(ECHO_SECONDS)
+        print(f"dist-rec: rank {os.environ['RANK']}: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    if first_to_say(repr(error)):
+        traceback.print_exception(error)
+    return 1

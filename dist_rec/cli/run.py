@@ -1,0 +1,95 @@
+"""The verbs of a run: embed, train, evaluate, and doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .common import Json, Ranks, is_main, launch_if_asked, overrides, print_json
+
+
+def embed(
+    data: Annotated[list[str], typer.Argument(help="Data sets, or folders above their splits.")],
+    model: Annotated[str, typer.Option(help="Hugging Face folder or package:PACKAGE/FOLDER.")],
+    out: Annotated[str, typer.Option(help="Folder of the vector store; an existing one is extended.")],
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens, padding included, at once; 0 is 512 on CPU, 32768 on CUDA.")
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="Precision of the model: fp32, bf16 or fp16.")] = "fp32",
+    store_dtype: Annotated[str, typer.Option(help="Precision of the store: float16 or float32.")] = "float16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option(help="Start the store anew.")] = False,
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """Vectors of the distinct texts by a frozen language model (a torchrun job)."""
+    launch_if_asked(nproc_per_node)
+    from ..text.embed import embed as run
+
+    result = run(
+        data,
+        model,
+        out,
+        batch_tokens=batch_tokens or None,
+        dtype=dtype,
+        store_dtype=store_dtype,
+        device=device,
+        overwrite=overwrite,
+    )
+    if is_main():
+        print(f"{out}: {result.count:,} texts, {result.added:,} new, {result.texts_per_second:,.0f} texts/s")
+        print_json(as_json, vars(result))
+
+
+def train(context: typer.Context, config: Path, nproc_per_node: Ranks = 0, as_json: Json = False) -> None:
+    """Train a config (under torchrun, or alone); any key is overridden by --section.key value."""
+    from ..config import load_config
+
+    if str(config).startswith("--"):
+        raise UserError(f"the config file comes first: dist-rec train CONFIG {config} ...")
+    loaded = load_config(config, overrides(context.args))
+    launch_if_asked(nproc_per_node)
+    from ..report import print_evaluation
+    from ..training.trainer import train as run
+
+    folder = run(loaded)
+    if is_main():
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        print_evaluation(evaluation, folder)
+        print_json(as_json, {"run": str(folder), **evaluation})
+
+
+def evaluate(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is evaluated.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """Metrics of a trained run, per domain and per task; --section.key value overrides its config."""
+    from ..config import load_config
+
+    loaded = load_config(run / "config.yaml", overrides(context.args))
+    launch_if_asked(nproc_per_node)
+    from ..report import print_evaluation
+    from ..training.evaluate import evaluate_run
+
+    evaluation = evaluate_run(loaded, run, split)
+    if is_main():
+        print_evaluation(evaluation, run)
+        print_json(as_json, {"run": str(run), **evaluation})
+
+
+def doctor(as_json: Json = False) -> None:
+    """What is installed, what fits together, what to do."""
+    from ..doctor import diagnose, print_report
+
+    diagnosis = diagnose()
+    print_report(diagnosis)
+    print_json(as_json, diagnosis)
+    if not diagnosis["ok"]:
+        raise typer.Exit(2)

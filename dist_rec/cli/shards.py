@@ -1,0 +1,91 @@
+"""`dist-rec shards ...`: build, inspect, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import UserError
+from .common import Json, print_json
+
+app = typer.Typer(help="Raw tables to shards; what is in them; every checksum and row.", no_args_is_help=True)
+
+
+@app.command("build")
+def shards_build(
+    schema: Annotated[Path, typer.Option(help="The schema.yaml that says what a row is.")],
+    sources: Annotated[list[str], typer.Option("--from", help="Glob of Parquet, CSV, TSV or JSON lines; repeatable.")],
+    out: Annotated[str, typer.Option(help="Folder of the data set; new or empty.")],
+    join: Annotated[
+        list[str] | None, typer.Option(help="Side table FILE:KEY, joined on column KEY; repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="random:8,1,1[:by=COLUMN], time:8,1,1 or column:COLUMN.")] = "",
+    tokenizer: Annotated[str, typer.Option(help="Model folder or package:PACKAGE/FOLDER; texts get token ids.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 32,
+    vocabulary: Annotated[str, typer.Option(help="vocabulary folder of an earlier build to keep the rows of.")] = "",
+    block_rows: Annotated[int, typer.Option(help="Rows of a block (a tar member).")] = 2048,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard (a tar).")] = 262144,
+    workers: Annotated[int, typer.Option(help="Processes; 0 is all cores.")] = 0,
+    memory_limit: Annotated[str, typer.Option(help="Of the SQL engine, such as 8GB; beyond it, disk is used.")] = "",
+    seed: Annotated[int, typer.Option(help="Of a random split.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the data sets at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write shards of any data set from Parquet, CSV or JSON lines."""
+    import logging
+
+    from ..data.build import Join, build, parse_split
+    from ..schema import load_schema
+
+    # Values that a reused vocabulary does not know are a warning of the builder's.
+    logging.basicConfig(level=logging.WARNING, format="dist-rec: %(message)s")
+    joins = []
+    for text in join or []:
+        path, _, key = text.rpartition(":")
+        if not path or not key:
+            raise UserError(f"--join {text!r}: write FILE:KEY, such as items.parquet:item_id.")
+        joins.append(Join(path, key))
+    indexes = build(
+        load_schema(schema),
+        sources,
+        out,
+        joins=joins,
+        split=parse_split(split) if split else None,
+        tokenizer=tokenizer or None,
+        max_tokens=max_tokens,
+        vocabulary=vocabulary or None,
+        block_rows=block_rows,
+        shard_rows=shard_rows,
+        workers=workers or None,
+        memory_limit=memory_limit or None,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    built = {index.split: {"rows": index.rows, "shards": len(index.shards)} for index in indexes}
+    for name, entry in built.items():
+        print(f"{name}: {entry['rows']:,} rows in {entry['shards']} shards")
+    print_json(as_json, {"out": out, "splits": built})
+
+
+@app.command("inspect")
+def shards_inspect(
+    root: str, top: Annotated[int, typer.Option(help="Most frequent ids shown.")] = 5, as_json: Json = False
+) -> None:
+    """Schema, domains, rows, label rates, null shares, text lengths, most frequent ids."""
+    from ..data.inspect import inspect, print_inspection
+
+    inspection = inspect(root, top)
+    print_inspection(inspection)
+    print_json(as_json, inspection)
+
+
+@app.command("verify")
+def shards_verify(root: str, as_json: Json = False) -> None:
+    """Read every checksum and every row."""
+    from ..data.verify import verify
+
+    result = verify(root)
+    print(f"{root}: every checksum and row is in order.")
+    print_json(as_json, result)

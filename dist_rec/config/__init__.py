@@ -1,0 +1,125 @@
+"""The config: one tree of dataclasses, YAML in, strict, every fault at once.
+
+What a key means is said here and, with its default, beside it in configs/*.yaml. The model's
+maths, the data and the engines each read their own branch and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationInfo, field_validator
+
+from ..errors import UserError, nearest
+from ..strict import from_dict, read_yaml, strict, to_dict
+from .data import DataConfig, check_multiple
+from .model import (
+    AdaptationConfig,
+    BodyConfig,
+    HistoryConfig,
+    ModelConfig,
+    RegulariserConfig,
+    TableConfig,
+    TablesConfig,
+    TaskConfig,
+    TextConfig,
+)
+from .training import CheckpointConfig, DenseConfig, EvaluateConfig, RunConfig, TrainConfig
+
+__all__ = [
+    "Config",
+    "AdaptationConfig",
+    "BodyConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DenseConfig",
+    "EvaluateConfig",
+    "HistoryConfig",
+    "ModelConfig",
+    "RegulariserConfig",
+    "RunConfig",
+    "TableConfig",
+    "TablesConfig",
+    "TaskConfig",
+    "TextConfig",
+    "TrainConfig",
+    "apply_overrides",
+    "check_multiple",
+    "check_names",
+    "load_config",
+    "save_config",
+]
+
+
+@strict
+class Config:
+    """Everything a run needs; the resolved tree is saved as config.yaml in the run folder."""
+
+    data: DataConfig
+    run: RunConfig = field(default_factory=RunConfig)
+    tables: TablesConfig = field(default_factory=TablesConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    @field_validator("evaluate")
+    @classmethod
+    def _evaluated_batch_divides(cls, evaluate: EvaluateConfig, before: ValidationInfo) -> EvaluateConfig:
+        if "data" in before.data:
+            check_multiple(evaluate.batch_size, before.data["data"].streams)
+        return evaluate
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.root) / self.run.name
+
+
+def apply_overrides(data: dict[str, Any], overrides: dict[str, str]) -> None:
+    """Set dotted keys in place: `{"train.steps": "100"}`; values are read as YAML.
+
+    Raises:
+        UserError: a path runs through something that is no section.
+    """
+    for path, text in overrides.items():
+        *sections, last = path.split(".")
+        place = data
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise UserError(f"--{path}: {section!r} is a value, not a section.")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--{path}: {text!r} is not a YAML value; quote it.") from None
+
+
+def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Config:
+    """Read a config file and apply `--section.key value` overrides.
+
+    Raises:
+        UserError: missing file, unknown key, wrong value; every fault is listed.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping with sections data, tables, model and so on.")
+    apply_overrides(data, overrides or {})
+    return from_dict(Config, data, str(path))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def check_names(known: list[str], used: list[str], place: str) -> list[str]:
+    """Faults for names in `used` that `known` lacks, each with the nearest known name, or with all."""
+    there = f" There is {', '.join(known)}." if known else ""
+    return [f"{place}: {name!r} is not known.{nearest(name, known) or there}" for name in used if name not in known]

@@ -1,0 +1,173 @@
+"""`tables`, `text` and `model`: what is trained."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..strict import strict
+
+Width = Annotated[int, Field(ge=1)]
+
+ShardingName = Literal["auto", "table_wise", "column_wise", "row_wise"]
+
+
+@strict
+class TableConfig:
+    """What one table does differently. `None` takes the common value of `tables`."""
+
+    dim: int | None = Field(default=None, ge=4, multiple_of=4)
+    sharding: ShardingName | None = None
+
+
+@strict
+class TablesConfig:
+    """Embedding tables, under TorchRec.
+
+    * `dim`: width of every table, a multiple of 4, for fbgemm's kernels take nothing else.
+    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose
+      between table_wise and row_wise. A table too
+      small to give every rank a row is placed table_wise where row_wise is asked for.
+    * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
+    * `init_std`: rows start as N(0, init_std).
+    * `pooling`: how several ids of one feature become one vector.
+    * `overrides`: per table name.
+    """
+
+    dim: int = Field(default=16, ge=4, multiple_of=4)
+    sharding: ShardingName = "auto"
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
+    learning_rate: float = Field(default=0.05, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    init_std: float = Field(default=0.05, gt=0)
+    pooling: Literal["mean", "sum"] = "mean"
+    overrides: dict[str, TableConfig] = field(default_factory=dict)
+
+
+@strict
+class TextConfig:
+    """Where text vectors come from.
+
+    * `mode`: `none` leaves text out; `frozen` reads vectors that `dist-rec embed` wrote to
+      `store`; `full` co-trains the language model inside the DeepSpeed engine.
+    * `model`: folder of a Hugging Face model, or `package:<python package>/<folder>`.
+    * `store`: folder of the vector store (frozen).
+    * `learning_rate`: of the language model's parameters (full).
+    """
+
+    mode: Literal["none", "frozen", "full"] = "none"
+    model: str | None = None
+    store: str | None = None
+    learning_rate: float = Field(default=2e-5, ge=0)
+
+    @model_validator(mode="after")
+    def _complete(self):
+        if self.mode == "frozen" and not self.store:
+            raise ValueError("mode: frozen needs store: the folder that `dist-rec embed` wrote")
+        if self.mode == "full" and not self.model:
+            raise ValueError("mode: full needs model: a Hugging Face folder or package:<package>/<folder>")
+        return self
+
+
+@strict
+class HistoryConfig:
+    """The behaviour history: a transformer over the embedded events, pooled to one vector.
+
+    `use_text` adds the projected text of the history items, where the schema has them.
+    """
+
+    kind: Literal["none", "mean", "transformer"] = "transformer"
+    layers: int = Field(default=1, ge=1)
+    heads: int = Field(default=2, ge=1)
+    feedforward: int = Field(default=64, ge=1)
+    pooling: Literal["mean", "last"] = "mean"
+    max_length: int = Field(default=50, ge=1)
+    use_text: bool = False
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+
+@strict
+class AdaptationConfig:
+    """Domain adaptation, x_hat = W_k (x + domain embedding) (CIKM'23). `width` 0 keeps that of x."""
+
+    enabled: bool = True
+    width: int = Field(default=0, ge=0)
+
+
+@strict
+class BodyConfig:
+    """Shared bottom, MMoE or PLE over x_hat, then gates and towers per domain and task.
+
+    * `experts`: shared experts; `specific_experts`: per group and level in PLE.
+    * `specific_to`: whether PLE's specific experts belong to a `domain` or a `task`.
+    * `levels`: of PLE.
+    * `skip`: add a linear function of x_hat to each task's logit, past experts and towers (ours).
+    """
+
+    kind: Literal["shared_bottom", "mmoe", "ple"] = "mmoe"
+    experts: int = Field(default=4, ge=1)
+    specific_experts: int = Field(default=2, ge=1)
+    specific_to: Literal["domain", "task"] = "domain"
+    levels: int = Field(default=1, ge=1)
+    expert_hidden: list[Width] = Field(default_factory=lambda: [64], min_length=1)
+    tower_hidden: list[Width] = field(default_factory=lambda: [32])
+    skip: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+@strict
+class RegulariserConfig:
+    """Pulls the domains' distributions of x_hat together, over the global batch.
+
+    * `js`: Jensen-Shannon divergence of the domains' mean softmax.
+    * `mmd`: multi-kernel RBF maximum mean discrepancy on at most `samples` rows a domain.
+    """
+
+    kind: Literal["none", "js", "mmd"] = "none"
+    weight: float = Field(default=0.1, ge=0)
+    samples: int = Field(default=256, ge=2)
+    kernels: int = Field(default=5, ge=1)
+
+
+@strict
+class TaskConfig:
+    """One head: which label it predicts and its weight in the loss."""
+
+    label: str
+    weight: float = Field(default=1.0, ge=0)
+
+
+@strict
+class ModelConfig:
+    """The foundation model (CIKM'23).
+
+    * `width`: H, of every aspect and of E(U), E(Q), E(I).
+    * `gating`: how the aspects (id, text, sparse) of a query or item are weighed.
+    * `products`: add E(U)*E(I) and E(Q)*E(I) to x (ours, not the paper's).
+    * `text_match`: add the cosine of the query's and the item's text vectors to x, 0 where either is
+      missing (ours). What a projection to H keeps of a text is not enough to match words.
+    * `embedding_l2`: adds this times the mean over rows of the squared norm of all pooled
+      embeddings of a row. In the loss, because fbgemm's CPU kernels ignore weight decay.
+    * `tasks`: heads by name (`ctr`, `relevance`, `cvr`); empty takes every label of the schema.
+    """
+
+    kind: Literal["foundation"] = "foundation"
+    width: int = Field(default=64, ge=1)
+    gating: Literal["mean", "cls", "domain"] = "domain"
+    products: bool = True
+    text_match: bool = True
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    body: BodyConfig = field(default_factory=BodyConfig)
+    regulariser: RegulariserConfig = field(default_factory=RegulariserConfig)
+    embedding_l2: float = Field(default=0.0, ge=0)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        if self.history.kind == "transformer" and self.width % self.history.heads:
+            raise ValueError(f"width {self.width} is not a multiple of history.heads {self.history.heads}")
+        return self
