@@ -18,3 +18,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM), has saved, and can go on; the message says where."""

@@ -7,6 +7,7 @@ every `index.json`. It knows nothing of files, tensors or models.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -138,12 +139,12 @@ class Schema:
         if not self.labels:
             faults.append("labels is empty: name at least one")
         for what, names in (("features", self.features), ("labels", self.labels)):
-            lowered = [name.lower() for name in names]
+            lowered = Counter(name.lower() for name in names)
             for name in names:
                 # Names become names of files and of SQL columns.
                 if not re.fullmatch(r"\w[\w.-]*", name):
                     faults.append(f"{what}.{name}: use letters, digits, '_', '-', '.'; begin with no '-' or '.'")
-                if lowered.count(name.lower()) > 1:
+                if lowered[name.lower()] > 1:
                     faults.append(f"{what}.{name}: two names differ in nothing but upper and lower case")
         for name, feature in self.features.items():
             if feature.shares is None:

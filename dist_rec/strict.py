@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import math
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,12 +26,20 @@ from .errors import UserError, nearest
 T = TypeVar("T")
 
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+# Bounds of what a person writes as YAML: bytes of a file, values in it with every alias written out, sections in
+# sections. A few lines of aliases of aliases stand for billions of values.
+LARGEST_YAML = 1 << 20
+MOST_VALUES = 100_000
+DEEPEST = 50
+# Of a message.
+MOST_FAULTS = 50
+LONGEST_VALUE = 200
 
 
 @typing.dataclass_transform(kw_only_default=True)
 def strict(cls: type[T]) -> type[T]:
-    """A keyword-only dataclass that refuses unknown keys and values of another type."""
-    return _pydantic_dataclass(cls, config=pydantic.ConfigDict(extra="forbid"), kw_only=True)
+    """A keyword-only dataclass that refuses unknown keys, values of another type, and floats that are no numbers."""
+    return _pydantic_dataclass(cls, config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
 
 
 def _step_into(annotation: Any, key: Any) -> Any:
@@ -62,9 +73,9 @@ def _known_keys(root: type, place: tuple) -> list[str]:
 def faults_of(error: pydantic.ValidationError, root: type) -> list[str]:
     """One line a fault: `place: what is wrong, and the nearest known key`."""
     lines = []
-    for fault in error.errors(include_url=False):
+    for fault in error.errors(include_url=False)[:MOST_FAULTS]:
         place = tuple(fault["loc"])
-        where = ".".join(str(p) for p in place) or root.__name__
+        where = ".".join(_shown(p, str) for p in place) or root.__name__
         if fault["type"] in _UNKNOWN:
             known = _known_keys(root, place)
             lines.append(f"{where}: unknown key.{nearest(str(place[-1]), known)}")
@@ -76,10 +87,21 @@ def faults_of(error: pydantic.ValidationError, root: type) -> list[str]:
             lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
         else:
             message = fault["msg"]
-            shown = fault.get("input")
-            small = isinstance(shown, str | int | float | bool | type(None))
-            lines.append(f"{where}: {message}" + (f" (got {shown!r})" if small else ""))
+            value = fault.get("input")
+            small = isinstance(value, str | int | float | bool | type(None))
+            lines.append(f"{where}: {message}" + (f" (got {_shown(value, repr)})" if small else ""))
+    if error.error_count() > MOST_FAULTS:
+        lines.append(f"and {error.error_count() - MOST_FAULTS} more.")
     return lines
+
+
+def _shown(value: Any, how: Callable[[Any], str]) -> str:
+    """`value` as text of a bearable length; Python refuses to write out an integer of thousands of digits."""
+    try:
+        text = how(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
 
 
 def _without_unknown_keys(data: Any, error: pydantic.ValidationError) -> Any:
@@ -106,6 +128,13 @@ def from_dict(cls: type[T], data: Any, origin: str) -> T:
     Raises:
         UserError: with every fault, one a line.
     """
+    try:
+        return _validated(cls, data, origin)
+    except RecursionError:
+        raise UserError(f"{origin} is not valid: it is nested too deeply.") from None
+
+
+def _validated(cls: type[T], data: Any, origin: str) -> T:
     adapter = pydantic.TypeAdapter(cls)
     try:
         return adapter.validate_python(data)
@@ -125,17 +154,99 @@ def to_dict(value: Any) -> Any:
     return pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
 
 
-def read_yaml(path: str | Path) -> Any:
-    """Parse a YAML file; a missing or malformed one is the user's fault, said in words."""
+def parse_json(text: bytes, origin: str) -> Any:
+    """Parse JSON that may be damaged or meant to do damage.
+
+    Raises:
+        UserError: it is not JSON, has a number that is none (NaN, Infinity, 1e999) or one of
+            thousands of digits, or is nested too deeply.
+    """
     try:
-        text = Path(path).read_text("utf-8")
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise UserError(f"{origin} is damaged: it is nested too deeply.") from None
+    except ValueError as error:
+        raise UserError(f"{origin} is damaged: not JSON ({error}). Build the data set again.") from None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:LONGEST_VALUE]} is no number")
+    return number
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Parse a YAML file.
+
+    Raises:
+        UserError: it is missing, larger than LARGEST_YAML, or `parse_yaml` refuses it.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_YAML + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}.") from None
+    if len(data) > LARGEST_YAML:
+        raise UserError(f"{path} is no config or schema: it has more than {LARGEST_YAML:,} bytes.")
+    try:
+        return parse_yaml(data.decode(), str(path))
     except UnicodeDecodeError:
         raise UserError(f"{path} is not YAML: it is not text in UTF-8.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    def fetch_flow_collection_start(self, token: type) -> None:
+        # Each bracket costs as much as there are open ones.
+        if self.flow_level > DEEPEST:
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parse YAML of plain values: no tags that make objects, no aliases that stand for millions of values.
+
+    Args:
+        origin: the file's name, for the message.
+
+    Raises:
+        UserError: it is not such YAML.
+    """
     try:
-        return yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            # Before values are made of them: merge keys multiply while they are.
+            _count_values(node, {}, 0)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}.") from None
+        raise UserError(f"{origin}{where}: not YAML: {getattr(error, 'problem', error)}.") from None
+    except RecursionError:
+        raise UserError(f"{origin}: sections are nested more than {DEEPEST} deep.") from None
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
+        # A date that does not exist, an integer of thousands of digits, or a tag on a value that is none of the kind:
+        # PyYAML looks before none of these.
+        raise UserError(f"{origin}: not YAML: {error}.") from None
+
+
+def _count_values(node: yaml.Node, counted: dict[yaml.Node, int], depth: int) -> int:
+    """Values below `node`, each alias counted as what it stands for."""
+    if depth > DEEPEST:
+        raise RecursionError
+    if node in counted:
+        return counted[node]
+    count = 1
+    if isinstance(node, yaml.CollectionNode):
+        for part in node.value:
+            for inner in part if isinstance(part, tuple) else (part,):
+                count += _count_values(inner, counted, depth + 1)
+    if count > MOST_VALUES:
+        raise ValueError(f"with its aliases written out it has more than {MOST_VALUES:,} values")
+    counted[node] = count
+    return count

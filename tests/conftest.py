@@ -7,12 +7,14 @@ import io
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import uuid
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +33,11 @@ from dist_rec.strict import from_dict
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=5000, help="Damaged inputs of each kind in test_fuzz.py.")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="Of their damage.")
+
+
 def run_ranks(ranks: int, arguments: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """`torchrun` this command line on `ranks` ranks; every child is gone when it returns."""
     command = [
@@ -43,6 +50,36 @@ def run_ranks(ranks: int, arguments: list[str], seconds: float, cwd: Path = ROOT
         *arguments,
     ]
     return run_command(command, seconds, cwd)
+
+
+def run_hosts(ranks: list[int], arguments: list[str], seconds: float) -> list[subprocess.CompletedProcess]:
+    """`torchrun` this command line as on several hosts, one agent for each, with so many ranks on each.
+
+    Returns:
+        What each agent left; no process is left.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{probe.getsockname()[1]}"
+    common = ["--nnodes", str(len(ranks)), "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--rdzv-id", "test"]
+    command = [sys.executable, "-m", "torch.distributed.run", *common]
+    agents = [start([*command, "--nproc-per-node", str(n), *arguments]) for n in ranks]
+    try:
+        # All at once: an agent whose output nobody takes would block, and the others with it.
+        with ThreadPoolExecutor(len(agents)) as pool:
+            said = list(pool.map(lambda agent: agent.communicate(timeout=seconds), agents))
+    except subprocess.TimeoutExpired:
+        for agent in agents:
+            kill_family(agent)
+        said = "\n".join(text[-3000:] for agent in agents for text in agent.communicate())
+        pytest.fail(f"not done after {seconds} s on hosts of {ranks} ranks: {' '.join(arguments)}\n{said}")
+    finally:
+        for agent in agents:
+            kill_family(agent)
+    return [
+        subprocess.CompletedProcess(agent.args, agent.returncode, *texts)
+        for agent, texts in zip(agents, said, strict=True)
+    ]
 
 
 def run_command(command: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
@@ -178,7 +215,7 @@ def rewrite_block(root: str, number: int, change: Callable[[pa.RecordBatch], pa.
     """Put changed rows into a block and its checksums into the index, as a wrong builder would.
 
     Returns:
-        The shard and the block, as messages name them.
+        The shard, the block and its rows, as messages name them.
     """
     index = read_index(root)
     shard, at = [(shard, i) for shard in index.shards for i in range(len(shard.blocks))][number]
@@ -197,7 +234,9 @@ def rewrite_block(root: str, number: int, change: Callable[[pa.RecordBatch], pa.
     path.write_bytes(out.getvalue())
     shard.bytes, shard.sha256 = len(out.getvalue()), hashlib.sha256(out.getvalue()).hexdigest()
     write_index(root, index)
-    return f"{path}, block {shard.blocks[at].name}"
+    rows = [block.rows for shard in index.shards for block in shard.blocks]
+    first = sum(rows[:number])
+    return f"{path}, block {shard.blocks[at].name} (rows {first} .. {first + rows[number] - 1})"
 
 
 def with_value(column: str, row: int, value) -> Callable[[pa.RecordBatch], pa.RecordBatch]:

@@ -2,32 +2,41 @@
 
     torchrun --standalone --nproc-per-node 3 tests/parity_worker.py DATA row_wise,table_wise 1,3 [section.key=value ..]
 
+A layout is a sharding type, and perhaps others for single tables: `row_wise+tags=table_wise`.
+
 Each rank trains its part with sharded tables and a ZeRO engine, and, beside it, the whole global
-batch with plain modules. For every sharding and stage:
+batch with plain modules. For every layout and stage:
 
 * SGD: the first step's gradients of all parameters, and all parameters after 3 steps, to 1e-6.
-* Adagrad (row-wise where rows are whole) and AdamW: the losses of 20 steps, to 1e-5.
+* Adagrad (row-wise where rows are whole) and AdamW: the losses of 20 steps, to 1e-5, with the plan
+  as a checkpoint gives it back.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from whole import full_parameters
 
 from dist_rec.config import Config, apply_overrides
+from dist_rec.embeddings.planner import describe_plan, make_plan, plan_from_description
 from dist_rec.embeddings.sharding import OPTIMIZERS, optimizer_arguments, table_weights
 from dist_rec.embeddings.tables import EmbeddingTables, initial_rows
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
+from dist_rec.training import setup
 from dist_rec.training.collectives import DistributedReduction
-from dist_rec.training.engine import full_parameters, make_engine, parameter_groups
+from dist_rec.training.engine import make_engine, parameter_groups
 from dist_rec.training.hybrid import Hybrid
 from dist_rec.training.process import choose_device, process_group
-from dist_rec.training.setup import build_model, build_stream, build_tables, prepare
+from dist_rec.training.setup import build_model, build_tables, build_training_stream, prepare
 
 RATE = 0.5
+CUTS_OF_ROWS = {"column_wise", "table_column_wise", "grid_shard"}
 
 
 class Reference:
@@ -36,7 +45,7 @@ class Reference:
     def __init__(self, prepared, device):
         config = prepared.config
         self.device = device
-        self.stream = build_stream(prepared, "train", 0, 1, training=True)
+        self.stream = build_training_stream(prepared, 0, 1)
         self.tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, device)
         specs = {spec.name: spec for spec in prepared.specs}
         with torch.no_grad():
@@ -68,7 +77,7 @@ class Reference:
 
 def make_hybrid(prepared, process):
     config = prepared.config
-    stream = build_stream(prepared, "train", process.rank, process.world_size, training=True)
+    stream = build_training_stream(prepared, process.rank, process.world_size)
     tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
     engine = make_engine(
         build_model(prepared, DistributedReduction()),
@@ -119,8 +128,16 @@ def check_sgd(prepared, process, layout):
     report(layout, "SGD parameters", *largest_difference(whole(hybrid), copy(reference.parameters())), 1e-6)
 
 
+def reread_plan(tables, specs, **arguments):
+    """`make_plan`, but its plan has been a file's text."""
+    text = json.dumps(describe_plan(make_plan(tables, specs, **arguments)))
+    ranks = {name: arguments[name] for name in ("world_size", "local_world_size", "device")}
+    return plan_from_description(json.loads(text), tables, **ranks)
+
+
 def check_adaptive(prepared, process, layout):
-    stream, hybrid = make_hybrid(prepared, process)
+    with mock.patch.object(setup, "make_plan", reread_plan):
+        stream, hybrid = make_hybrid(prepared, process)
     reference = Reference(prepared, process.device)
     done, worst = 0, 0.0
     for epoch in range(20):
@@ -139,13 +156,13 @@ FAULTS = []
 def report(layout, what, difference, where, limit):
     good = difference <= limit
     if dist.get_rank() == 0:
-        print(f"{'ok  ' if good else 'FAIL'} {layout:32s} {what:22s} {difference:.2e} {where}", flush=True)
+        print(f"{'ok  ' if good else 'FAIL'} {layout:60s} {what:22s} {difference:.2e} {where}", flush=True)
     if not good:
         FAULTS.append((layout, what))
 
 
 def main():
-    data, shardings, stages, *overrides = sys.argv[1:]
+    data, layouts, stages, *overrides = sys.argv[1:]
     base = {
         "data": {"train": data, "batch_size": 40, "streams": 8, "shuffle_window": 64},
         "tables": {"dim": 24, "init_std": 0.3},
@@ -154,24 +171,26 @@ def main():
     apply_overrides(base, dict(o.split("=", 1) for o in overrides))
     device = choose_device(from_dict(Config, base, "parity"))
     with process_group(from_dict(Config, base, "parity"), device) as process:
-        for sharding in shardings.split(","):
+        for layout in layouts.split(","):
+            sharding, *single = layout.split("+")
+            single = dict(part.split("=") for part in single)
+            base["tables"]["sharding"] = sharding
+            base["tables"]["overrides"] = {table: {"sharding": other} for table, other in single.items()}
+            rows_whole = CUTS_OF_ROWS.isdisjoint([sharding, *single.values()])
             for stage in map(int, stages.split(",")):
-                layout = f"{process.world_size} ranks {sharding} ZeRO-{stage}"
-                base["tables"]["sharding"] = sharding
+                name = f"{process.world_size} ranks {layout} ZeRO-{stage}"
                 sgd = {"optimizer": "sgd", "learning_rate": RATE}
                 base["dense"] = {"zero_stage": stage, **sgd}
                 base["tables"] |= sgd
                 base.setdefault("text", {})["learning_rate"] = RATE
-                check_sgd(prepare(from_dict(Config, base, "parity")), process, layout)
+                check_sgd(prepare(from_dict(Config, base, "parity")), process, name)
                 base["dense"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
                 base["text"]["learning_rate"] = 1e-3
-                chosen = [sharding, *(o.get("sharding") for o in base["tables"].get("overrides", {}).values())]
-                rows_whole = "column_wise" not in chosen
                 base["tables"] |= {
                     "optimizer": "rowwise_adagrad" if rows_whole else "adagrad",
                     "learning_rate": 0.02,
                 }
-                check_adaptive(prepare(from_dict(Config, base, "parity")), process, layout)
+                check_adaptive(prepare(from_dict(Config, base, "parity")), process, name)
     sys.exit(1 if FAULTS else 0)
 
 

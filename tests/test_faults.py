@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from conftest import build_small, family, kill_family, rewrite_block, run_comman
 from dist_rec import cli
 from dist_rec.data.index import read_index, write_index
 from dist_rec.training import checkpoint
+from dist_rec.training.checkpoint.manifest import FileInfo, Manifest, manifest_text
 
 # Two ranks start in 8 s, and in many times that on a busy machine; a hang takes train.timeout_minutes, ten minutes.
 SECONDS = 240
@@ -128,16 +128,18 @@ def test_plain_torchrun_says_it_once_too(data, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused(intact, tmp_path):
-    run = tmp_path / "runs" / "run"
+    run, name = tmp_path / "runs" / "run", "dense/rank-00000.safetensors"
     folder = run / "checkpoints" / "step-00000001"
-    folder.mkdir(parents=True)
+    (folder / "dense").mkdir(parents=True)
     shutil.copy(write_config(tmp_path, intact), run / "config.yaml")
     (run / "checkpoints" / "latest").write_text(folder.name)
-    (folder / "dense.safetensors").write_bytes(b"not what was saved")
-    state = {"format": checkpoint.FORMAT, "step": 1, "tables": {}, "checksums": {"dense.safetensors": "0" * 64}}
-    (folder / checkpoint.STATE_NAME).write_text(json.dumps(state))
-    message = refusal(dist_rec("evaluate", run, "--split", "train"))
-    assert message == f"checkpoint {folder} is damaged: dense.safetensors does not match its checksum.\n"
+    (folder / name).write_bytes(b"not what was saved")
+    nothing = {key: {} for key in ("state", "config", "plan", "environment", "tables", "dense")}
+    files = {name: FileInfo(bytes=len(b"not what was saved"), sha256="0" * 64)}
+    manifest = Manifest(format=checkpoint.FORMAT, step=1, dense_steps=1, files=files, **nothing)
+    (folder / checkpoint.STATE_NAME).write_text(manifest_text(manifest))
+    message = refusal(dist_rec("evaluate", run, "--split", "train")).partition(": ")[2]
+    assert message == f"checkpoint {folder} is damaged: {name} does not match its checksum.\n"
 
 
 @pytest.mark.parametrize("launcher", ["dist-rec", "torchrun"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 from toy_shards import schema
 
 from dist_rec.data.index import Index
-from dist_rec.data.order import Order, quotas
+from dist_rec.data.order import Order, quotas, temperature_weights
 from dist_rec.data.rows import Rows
 from dist_rec.data.stream import Stream
 from dist_rec.errors import UserError
@@ -21,12 +24,17 @@ from dist_rec.strict import from_dict, to_dict
 
 @dataclass(frozen=True)
 class Case:
-    """A data set, as the block lengths of each domain, and how it is read."""
+    """A data set, as the block lengths of each domain, and how it is read.
+
+    `times` are the first and last time of each domain's blocks.
+    """
 
     blocks: tuple[tuple[int, ...], ...]
+    times: tuple[tuple[tuple[int, int], ...], ...] | None = None
     streams: int = 8
     per_stream: int = 3
-    window: int = 50
+    window: int | None = 50
+    arrangement: str = "shuffled"
     seed: int = 0
     weights: tuple[float, ...] | None = None
     drop_last: bool = False
@@ -35,11 +43,12 @@ class Case:
         names = [f"d{i}" for i in range(len(self.blocks))]
         toy = schema({"x": {"role": "user", "kind": "dense"}}, domains=names)
         shards = []
-        for name, lengths in zip(names, self.blocks, strict=True):
+        for domain, (name, lengths) in enumerate(zip(names, self.blocks, strict=True)):
             # Two blocks a shard, as a real data set has several of each.
             for first in range(0, len(lengths), 2):
                 infos = [
                     {"name": f"{first + i}", "rows": n, "offset": 0, "bytes": 1, "crc32": 0}
+                    | ({"time": self.times[domain][first + i]} if self.times else {})
                     for i, n in enumerate(lengths[first : first + 2])
                 ]
                 shards.append(
@@ -54,6 +63,7 @@ class Case:
             streams=self.streams,
             batch_size=self.streams * self.per_stream,
             window=self.window,
+            arrangement=self.arrangement,
             seed=self.seed,
             weights=None if self.weights is None else list(self.weights),
             drop_last=self.drop_last,
@@ -78,6 +88,9 @@ class _Numbered:
         names = index.schema.domains.names
         self.domains = [names.index(shard.domain) for shard in index.shards for _ in shard.blocks]
         self.edges = np.cumsum([0, *lengths])
+
+    def prefetch(self, numbers: list[int]) -> None:
+        pass
 
     def rows(self, number: int) -> Rows:
         row = np.arange(self.edges[number], self.edges[number + 1])
@@ -113,7 +126,14 @@ LAYOUTS = {
     "fewer blocks than ranks": Case(((41,),), streams=5),
     "fewer rows than streams": Case(((1,), (2, 1)), streams=16, per_stream=1),
     "ragged blocks": Case(((1, 30, 2, 2, 9), (17,), (1,), (5, 5, 5)), streams=7, per_stream=4, window=21),
-    "in order": Case(((20, 20, 9), (13,), (1,)), streams=6, window=0),
+    "by time": Case(
+        ((20, 20, 9), (3, 13), (1,)),
+        times=(((0, 50), (50, 60), (90, 99)), ((0, 0), (20, 95)), ((60, 60),)),
+        streams=7,
+        arrangement="time",
+    ),
+    "small domain, uneven ranks": Case(((300, 300, 120), (200,)), streams=5, per_stream=10, window=200),
+    "in order": Case(((20, 20, 9), (13,), (1,)), streams=6, window=None, arrangement="index"),
 }
 
 
@@ -128,20 +148,40 @@ def test_any_number_of_ranks_reads_every_row_once_and_the_same_global_batches(ca
 blocks = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5).map(tuple), min_size=1, max_size=4).map(tuple)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(st.data())
-def test_every_layout_meets_its_quotas(data):
+def drawn(data, arrangement: str, weighted: bool) -> Case:
+    """Any layout, read in any way; times as a builder leaves them, or overlapping."""
     layout = data.draw(blocks)
     weight = st.sampled_from([0.0, 0.5, 1.0, 3.0])
     weights = st.tuples(*[weight] * len(layout)).filter(any)
-    case = Case(
+    least = 1 if arrangement == "shuffled" else None
+    return Case(
         layout,
+        times=tuple(data.draw(spans(len(lengths))) for lengths in layout) if arrangement == "time" else None,
         streams=data.draw(st.integers(1, 9)),
         per_stream=data.draw(st.integers(1, 6)),
-        window=data.draw(st.sampled_from([0, 1, 30, 1000])),
+        window=data.draw(st.sampled_from([least, 1, 30, 1000])),
+        arrangement=arrangement,
         seed=data.draw(st.integers(0, 3)),
-        weights=data.draw(st.none() | weights),
+        weights=data.draw(st.none() | weights) if weighted else None,
     )
+
+
+@st.composite
+def spans(draw, num: int) -> tuple[tuple[int, int], ...]:
+    """First and last times of blocks."""
+    if draw(st.booleans()):
+        edges = sorted(draw(st.lists(st.integers(0, 60), min_size=2 * num, max_size=2 * num)))
+        return tuple((edges[2 * i], edges[2 * i + 1]) for i in range(num))
+    pairs = draw(st.lists(st.tuples(st.integers(-9, 60), st.integers(-9, 60)), min_size=num, max_size=num))
+    return tuple((min(pair), max(pair)) for pair in pairs)
+
+
+@pytest.mark.parametrize("arrangement", ["shuffled", "index", "time"])
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_every_layout_meets_its_quotas(arrangement, data):
+    case = drawn(data, arrangement, weighted=arrangement != "time")
+    layout = case.blocks
     order = case.order()
     seen = Counter(flat(read(case, data.draw(st.integers(1, case.streams)))))
     first = 0
@@ -193,6 +233,7 @@ def test_a_repeated_pass_has_an_order_of_its_own():
     order = Case(((1,) * 50, (1,) * 150), weights=(1.0, 1.0)).order()
     blocks = [piece.block for piece in order._axis_pieces(0, 0, 0, 100)]
     assert sorted(blocks[:50]) == sorted(blocks[50:]) == list(range(50)) and blocks[:50] != blocks[50:]
+    assert sum(after - before == 1 for before, after in pairwise(blocks)) < 20
 
 
 def test_shuffling_reaches_over_blocks_and_domains_keep_their_share():
@@ -204,9 +245,89 @@ def test_shuffling_reaches_over_blocks_and_domains_keep_their_share():
         assert 10 <= big <= 22 and 2 <= middle <= 13
 
 
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_in_time_order_a_batch_holds_the_next_earliest_rows(data):
+    """Whatever the streams, the ranks and the window: against every row's interpolated time, sorted."""
+    case = drawn(data, "time", weighted=False)
+    wanted, row = [], 0
+    for domain, (lengths, times) in enumerate(zip(case.blocks, case.times, strict=True)):
+        for length, (first, last) in zip(lengths, times, strict=True):
+            for i in range(length):
+                moment = first + Fraction((last - first) * i, max(length - 1, 1))
+                wanted.append((-(-moment.numerator // moment.denominator), domain, row))
+                row += 1
+    rank_of = {row: moment[:2] for row, moment in enumerate(wanted)}
+    wanted.sort()
+    batch = case.streams * case.per_stream
+    steps = read(case, data.draw(st.integers(1, case.streams)))
+    assert [len(step) for step in steps] == [len(wanted[i : i + batch]) for i in range(0, len(wanted), batch)]
+    for step, first in zip(steps, range(0, len(wanted), batch), strict=True):
+        # Rows of one second and domain go block by block, which this simple list does not know.
+        assert sorted(rank_of[row] for row in step) == [moment[:2] for moment in wanted[first : first + batch]]
+    other = replace(case, streams=1, per_stream=batch, window=7)
+    assert [sorted(step) for step in read(other)] == [sorted(step) for step in steps]
+
+
+def test_time_order_is_exact_within_a_domain_and_merges_late_blocks():
+    # What was appended late (the last block) lies between rows of the first two.
+    case = Case(((10, 10, 4),), times=(((0, 90), (100, 190), (85, 115)),), streams=1, per_stream=4, arrangement="time")
+    assert [sorted(step) for step in read(case)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 20, 21],
+        [10, 11, 22, 23],
+        [12, 13, 14, 15],
+        [16, 17, 18, 19],
+    ]
+
+
+def test_time_order_refuses_what_it_cannot_do():
+    case = Case(((10, 10), (5,)), times=(((0, 9), None), ((3, 4),)), arrangement="time")
+    with pytest.raises(UserError, match=r"d0-0.tar, block 1 has none: name the column in keys.time"):
+        case.order()
+    timed = replace(case, times=(((0, 9), (9, 20)), ((3, 4),)))
+    with pytest.raises(UserError, match="data.weights or data.temperature ask for 8 of the 20 rows of domain 'd0'"):
+        replace(timed, weights=(1.0, 2.0)).order()
+    # Domains may be left out, and those need no times.
+    chosen = replace(case, times=((None, None), ((3, 4),)), weights=(0.0, 5.0))
+    assert sorted(flat(read(chosen))) == [20, 21, 22, 23, 24]
+
+
+def test_a_billion_rows_open_and_seek_in_seconds():
+    """500,000 blocks: every arrangement finds a window at 90 % of the epoch at once."""
+    num, rng = 500_000, np.random.default_rng(0)
+    case = Case(((1,), (1,)), times=(((0, 0),), ((0, 0),)))
+    index = case.index()
+    blocks, shards = [index.shards[0].blocks[0], index.shards[1].blocks[0]], []
+    edges = np.sort(rng.integers(0, 10**8, num + 1)).tolist()
+    infos = [replace(blocks[i % 2], rows=2_000, time=span) for i, span in enumerate(pairwise(edges))]
+    for domain, shard in enumerate(index.shards):
+        shards.append(replace(shard, blocks=infos[domain::2]))
+    index = replace(index, shards=shards)
+    for arrangement in ("shuffled", "index", "time"):
+        start = time.perf_counter()
+        order = Order(index, streams=8, batch_size=4_096, window=262_144, seed=0, arrangement=arrangement)
+        before = order.windows(0, 5)
+        at = int(np.searchsorted(before.sum(axis=1), order.steps * 9 // 10 * order.per_stream))
+        pieces = order.window_pieces(0, 5, before[at], before[at + 1])
+        place = order.arrangement(0, 5, at, before[at + 1] - before[at])
+        assert sum(piece.stop - piece.start for piece in pieces) == len(place) == len(set(place.tolist()))
+        assert order.steps == -(-num * 2_000 // 4_096) and time.perf_counter() - start < 20
+
+
+def test_temperature_evens_domains_out():
+    assert temperature_weights([100, 25, 0], 1.0) == [1.0, 0.25, 0.0]
+    assert quotas([100, 25, 0], temperature_weights([100, 25, 0], 1.0)) == [100, 25, 0]
+    assert temperature_weights([100, 25, 0], 2.0) == [1.0, 0.5, 0.0]
+    assert quotas([100, 25, 0], temperature_weights([100, 25, 0], 1e9)) == [63, 62, 0]
+    billion = [10**9, 10**9 - 1, 7]
+    assert quotas(billion, temperature_weights(billion, 1.0)) == billion
+
+
 @pytest.mark.parametrize("weights", [None, (1.0, 1.0, 1.0)])
-def test_without_a_window_domains_are_read_in_index_order(weights):
-    case = replace(CASE, window=0, weights=weights)
+def test_in_index_order_domains_are_read_as_they_stand(weights):
+    case = replace(CASE, window=None, arrangement="index", weights=weights)
     # Stream after stream: each reads its own interval of every domain.
     rows, domains = [], []
     for number in range(case.streams):
@@ -232,9 +353,13 @@ def test_the_short_last_batch_is_dropped_or_masked():
     assert read(Case(((51,),), per_stream=7, drop_last=True), 2) == []
 
 
-@pytest.mark.parametrize("window", [0, 5, 60, 1000])
-def test_skipping_to_a_step_equals_reading_up_to_it(window):
-    case = replace(CASE, window=window)
+TIMED = replace(CASE, times=(((0, 9), (9, 9), (10, 40), (40, 41)), ((-5, 30), (30, 30)), ((7, 50),)))
+
+
+@pytest.mark.parametrize("arrangement", ["shuffled", "index", "time"])
+@pytest.mark.parametrize("window", [1, 5, 60, 1000])
+def test_skipping_to_a_step_equals_reading_up_to_it(window, arrangement):
+    case = replace(TIMED, window=window, arrangement=arrangement)
     for rank, world_size in ((0, 1), (2, 3)):
         read_on = case.rank(rank, world_size)
         for epoch in (0, 1):

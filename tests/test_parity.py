@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
-from conftest import build_small, run_ranks
+from conftest import build_small, run_hosts, run_ranks
 
 from dist_rec.text.embed import embed
 
 
-def check_parity(ranks: int, data: str, shardings: str, stages: str, *overrides: str, seconds: float = 240) -> None:
-    done = run_ranks(ranks, ["tests/parity_worker.py", data, shardings, stages, *overrides], seconds)
+def check_parity(ranks: int, data: str, layouts: str, stages: str, *overrides: str, seconds: float = 240) -> None:
+    done = run_ranks(ranks, ["tests/parity_worker.py", data, layouts, stages, *overrides], seconds)
+    check_lines(done, layouts, stages)
+
+
+def check_lines(done: subprocess.CompletedProcess, layouts: str, stages: str) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    expected = 3 * len(shardings.split(",")) * len(stages.split(","))
+    expected = 3 * len(layouts.split(",")) * len(stages.split(","))
     assert done.returncode == 0 and len(lines) == expected, "\n".join(lines) + done.stderr[-3000:]
 
 
@@ -37,10 +43,34 @@ def test_hybrid_parity_of_every_body(small):
 
 
 def test_hybrid_parity_when_sharding_types_mix(small):
-    """One collection with row-wise, column-wise and table-wise tables, with mean pooling over nulls."""
-    check_parity(
-        3, small, "row_wise", "1", "tables.overrides={tags: {sharding: table_wise}, user_id: {sharding: column_wise}}"
+    """Several types in one collection, with mean pooling over nulls; tags, 4 rows, are too few to cut over 3 ranks."""
+    layouts = [
+        "row_wise+tags=table_wise+user_id=column_wise",
+        "table_row_wise+tags=table_column_wise+item_id=row_wise",
+        "grid_shard+tags=table_row_wise+item_id=column_wise",
+    ]
+    check_parity(3, small, ",".join(layouts), "1")
+
+
+def test_hybrid_parity_within_a_host(small):
+    """The types that know hosts, where there is one."""
+    layouts = [f"{kind}+item_id=row_wise" for kind in ("table_row_wise", "table_column_wise", "grid_shard")]
+    check_parity(2, small, ",".join(layouts), "3")
+
+
+def test_hybrid_parity_of_hosts(small):
+    """Two hosts of two ranks: tables within one, and over both; alone, and mixed with a table over all ranks."""
+    layouts = ",".join(
+        [
+            "table_row_wise+item_id=row_wise",
+            "table_column_wise+tags=table_row_wise+item_id=table_wise",
+            "grid_shard+tags=row_wise+item_id=column_wise",
+        ]
     )
+    first, second = run_hosts([2, 2], ["tests/parity_worker.py", small, layouts, "1"], 240)
+    main, other = (first, second) if first.stdout else (second, first)
+    check_lines(main, layouts, "1")
+    assert other.returncode == 0, other.stderr[-3000:]
 
 
 def test_hybrid_parity_of_texts(tmp_path, tiny_model):

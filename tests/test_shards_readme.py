@@ -11,12 +11,14 @@ from pathlib import Path
 
 from conftest import ROOT
 
+from dist_rec.data.index import read_index
+
 
 def walk_through() -> str:
-    """The bash blocks of the section "From your own tables", one script."""
-    section = (ROOT / "shards" / "README.md").read_text().split("\n## ")[1]
-    assert section.startswith("From your own tables")
-    return "\n".join(re.findall(r"^```bash\n(.*?)^```", section, re.MULTILINE | re.DOTALL))
+    """The bash blocks of the sections "From your own tables" and "Data that keeps arriving", one script."""
+    own, arriving = (ROOT / "shards" / "README.md").read_text().split("\n## ")[1:3]
+    assert own.startswith("From your own tables") and arriving.startswith("Data that keeps arriving")
+    return "\n".join(re.findall(r"^```bash\n(.*?)^```", own + arriving, re.MULTILINE | re.DOTALL))
 
 
 def test_the_walk_through_trains_a_model(tmp_path):
@@ -33,3 +35,6 @@ def test_the_walk_through_trains_a_model(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     overall = json.loads((tmp_path / "runs" / "run" / "evaluation.json").read_text())["overall"]
     assert overall["ctr"]["auc"] > 0.6 and overall["relevance"]["auc"] > 0.7, overall
+    index = read_index(str(tmp_path / "built" / "train"))
+    assert index.between(0, 1).rows == 2_000 and index.generation == 1
+    assert "begin empty" not in done.stderr and "Built (0) and appended" in done.stdout

@@ -28,10 +28,24 @@ def test_verify_finds_every_damage(tmp_path):
     damaged = bytearray(whole)
     damaged[block.offset + 512 + 700] ^= 1
     shard.write_bytes(damaged)
-    with pytest.raises(UserError, match=f"{shard.name}: its SHA-256.*\n.*{shard.name}, block {block.name}: its CRC-32"):
+    first = index.shards[0].blocks[0].rows
+    where = rf"{shard.name}, block {block.name} \(rows {first} .. {first + block.rows - 1}\)"
+    with pytest.raises(UserError, match=f"{where} is damaged: its checksum is not the index's"):
         verify(str(out))
+    after = index.shards[0].blocks[-1].offset + index.shards[0].blocks[-1].bytes
+    for place, what in ((after, "holds something after its last block"), (16, "its SHA-256 is not the index's")):
+        damaged = bytearray(whole)
+        damaged[place : place + 1] = b"x"
+        if place == 16:
+            # A name in the header's field, behind its end: the header's own checksum made right.
+            damaged[148:156] = b"%06o\0 " % (sum(damaged[:148]) + 8 * 32 + sum(damaged[156:512]))
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{shard.name}: {what}"):
+            verify(str(out))
     shard.write_bytes(whole[: block.offset + 600])
-    with pytest.raises(UserError, match=f"block {block.name} is damaged: the shard ends too early"):
+    with pytest.raises(
+        UserError, match=rf"{shard.name}: has {block.offset + 600} bytes(.*\n)*.*{where} is damaged: the file ends"
+    ):
         verify(str(out))
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: the file is missing"):
@@ -152,7 +166,7 @@ def test_a_failed_build_keeps_what_was_there(tmp_path, monkeypatch):
     source, out = write(tmp_path / "rows.parquet", small_rows(300)), tmp_path / "out"
     build(SMALL, [source], str(out), workers=1)
     before = digests(out)
-    monkeypatch.setattr("dist_rec.data.writer.write_index", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("dist_rec.data.build.write_index", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         build(SMALL, [source], str(out), workers=1, overwrite=True)
     assert digests(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.parquet"]

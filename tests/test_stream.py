@@ -12,15 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import build_small, rewrite_block, with_value
 from tokenizers import Tokenizer
-from toy_shards import TOKENIZER, values
+from toy_shards import TOKENIZER, schema, values
 
+from dist_rec.data.batch import make_batch
 from dist_rec.data.blocks import text_key
 from dist_rec.data.index import read_index
 from dist_rec.data.order import Order
 from dist_rec.data.reader import ShardReader
 from dist_rec.data.rows import Ragged, Rows
 from dist_rec.data.stream import Stream
+from dist_rec.data.textpool import TextPool
+from dist_rec.data.window import Window, cut
 from dist_rec.errors import UserError
+from dist_rec.schema import Schema
 from dist_rec.text.paths import tokenizer_file
 
 IDS, TEXTS = ("user_id", "history", "item_id", "tags"), ("query", "title")
@@ -32,9 +36,20 @@ def tokenised(tmp_path_factory) -> str:
     return build_small(tmp_path_factory.mktemp("tokenised"), tokenizer=TOKENIZER)
 
 
-def open_stream(root: str, *, batch_size=48, window=64, seed=1, rank=0, world_size=1, with_tokens=False, **options):
+def open_stream(
+    root: str,
+    *,
+    batch_size=48,
+    window=64,
+    arrangement="shuffled",
+    seed=1,
+    rank=0,
+    world_size=1,
+    with_tokens=False,
+    **options,
+):
     index = read_index(root)
-    order = Order(index, streams=8, batch_size=batch_size, window=window, seed=seed)
+    order = Order(index, streams=8, batch_size=batch_size, window=window, arrangement=arrangement, seed=seed)
     reader = ShardReader(root, index, list(index.schema.features), with_tokens)
     return Stream(reader, order, rank=rank, world_size=world_size, **options)
 
@@ -132,7 +147,7 @@ def invented_rows(draw: np.random.Generator, n: int, first: int) -> Rows:
         dense={"d": draw.random((n, 2), np.float32)},
         texts={"t": lists(len(keys), 2), "u": lists(len(keys), 4)},
         text_keys=keys,
-        tokens=Ragged.from_lengths(np.concatenate([np.full(k % 4, k) for k in keys]), keys % 4),
+        tokens=Ragged.from_lengths(np.concatenate([np.full(k % 4, k, np.int32) for k in keys]), keys % 4),
         labels={"l": draw.random(n).astype(np.float32)},
         keys={"user": draw.integers(0, 5, n)},
     )
@@ -159,24 +174,87 @@ def plain(rows: Rows) -> list[dict]:
     ]
 
 
+ROWS_SCHEMA = schema(
+    {
+        "a": {"role": "item", "kind": "ids"},
+        "b": {"role": "item", "kind": "id"},
+        "d": {"role": "item", "kind": "dense", "width": 2},
+        "t": {"role": "item", "kind": "text"},
+        "u": {"role": "history", "kind": "texts"},
+    }
+)
+
+
 def test_rows_move_as_lists_do():
     draw = np.random.default_rng(0)
     for _ in range(50):
         parts = [invented_rows(draw, int(draw.integers(0, 7)), 10 * i) for i in range(draw.integers(1, 5))]
         whole = [row for part in parts for row in plain(part)]
         rows = Rows.concat(parts)
-        assert plain(rows) == whole and (np.diff(rows.text_keys) > 0).all()
+        assert plain(rows) == whole
         start, stop = sorted(draw.integers(0, len(whole) + 1, 2))
         assert plain(rows.slice(start, stop)) == whole[start:stop]
-        # A slice of a slice, taken, joined and compacted: offsets must hold in every combination.
+        # A slice of a slice, taken, and joined again: offsets must hold in every combination.
         chosen = draw.integers(0, stop - start, 5 if stop > start else 0)
         taken = rows.slice(start, stop).take(chosen)
         assert plain(taken) == [whole[start:stop][i] for i in chosen]
-        joined = Rows.concat([taken, rows.slice(0, start)]).compact()
-        expected = [whole[start:stop][i] for i in chosen] + whole[:start]
-        assert plain(joined) == expected
+        joined = Rows.concat([taken, rows.slice(0, start)])
+        assert plain(joined) == [whole[start:stop][i] for i in chosen] + whole[:start]
+
+
+@pytest.mark.parametrize("most_rows", [7, 60])
+def test_a_batch_is_cut_from_windows_with_each_text_once(most_rows):
+    """Whether rows use few of the texts that are held or most; however windows come, go and grow."""
+    draw = np.random.default_rng(1)
+    pool = TextPool(4)
+    held = {}
+    for _ in range(60):
+        segment = int(draw.integers(4))
+        parts = [invented_rows(draw, int(draw.integers(0, most_rows)), 10 * i) for i in range(draw.integers(1, 5))]
+        whole = [row for part in parts for row in plain(part)]
+        arrangement = draw.permutation(len(whole))
+        window = Window(parts, arrangement, ROWS_SCHEMA, pool, segment)
+        held[segment] = window, [whole[i] for i in arrangement]
+        slices, expected = [], []
+        for window, whole in held.values():
+            start, stop = sorted(draw.integers(0, len(whole) + 1, 2))
+            slices.append((window, start, stop))
+            expected += whole[start:stop]
+        rows = cut(slices, pool)
+        assert plain(rows) == expected
+        assert list(rows.ids) == ["a", "b"] and list(rows.texts) == ["t", "u"]
         used = {key for row in expected for name in ("t", "u") for key, _ in row[name]}
-        assert joined.text_keys.tolist() == sorted(used)
+        assert rows.text_keys.tolist() == sorted(used)
+
+
+def in_window(parts: list[Rows], schema: Schema) -> Rows:
+    """All rows of `parts` through a window."""
+    n, pool = sum(map(len, parts)), TextPool(1)
+    return cut([(Window(parts, np.arange(n), schema, pool, 0), 0, n)], pool)
+
+
+def test_void_rows_hold_their_places_and_are_masked(tokenised):
+    """A batch with void rows is the batch without them, its other rows where they were."""
+    index = read_index(tokenised)
+    features = list(index.schema.features)
+    blocks = ShardReader(tokenised, index, features, with_tokens=True)
+    first, last = blocks.rows(0), blocks.rows(len(blocks.places) - 1)
+    void = Rows.void(index.schema, features, True, domain=2, n=9)
+    assert {c.values.dtype for c in void.ids.values()} <= {c.values.dtype for c in first.ids.values()}
+    whole = Rows.concat([first.slice(3, 20), void, last]).take(np.arange(17 + 9 + len(last))[::-1])
+    held = make_batch(in_window([whole], index.schema), index.schema, 48)
+    known = held.row >= 0
+    assert held.valid.equal(known) and int(known.sum()) == 17 + len(last)
+    assert not held.domain[~known].any() and (held.user[~known] == -1).all() and (held.query[~known] == -1).all()
+    assert all(v[~known].isnan().all() for v in held.dense.values())
+    assert not any(v[~known].any() for v in (*held.labels.values(), *held.label_valid.values()))
+    assert not held.ids.lengths().view(-1, 48)[:, ~known].any()
+    assert not any(lengths[~known].any() for lengths in held.text_lengths.values())
+    lone = Rows.concat([first.slice(3, 20), last]).take(np.arange(17 + len(last))[::-1])
+    lone = make_batch(in_window([lone], index.schema), index.schema, 48)
+    assert held.ids.values().equal(lone.ids.values()) and held.row[known].equal(lone.row[lone.valid])
+    only = make_batch(in_window([void.slice(2, 5), void], index.schema), index.schema, 48)
+    assert not only.valid.any() and only.text_tokens.shape == (1, 1)
 
 
 @pytest.fixture
@@ -274,8 +352,8 @@ def test_the_background_reader_stops_with_its_consumer(small):
 def test_the_background_reader_passes_faults_on_where_they_are(copied):
     index = read_index(copied)
     (Path(copied) / index.shards[-1].file).unlink()
-    stream = open_stream(copied, batch_size=16, window=0)
-    clean = open_stream(copied, batch_size=16, window=0)
+    stream = open_stream(copied, batch_size=16, window=None, arrangement="index")
+    clean = open_stream(copied, batch_size=16, window=None, arrangement="index")
     numbers, good = range(stream.steps), 0
     missing = sum(shard.rows for shard in index.shards[:-1])
     batches = stream.batches(epoch=0)

@@ -77,10 +77,10 @@ def test_a_run_folder_is_whole(runs):
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
     folder = checkpoint.find(run)
     assert folder.name == f"step-{total:08d}" and (run / "checkpoints" / "latest").read_text().strip() == folder.name
-    state = checkpoint.read_state(folder)
+    state = checkpoint.read_state(folder).manifest
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert files == state["checksums"].keys() | {"checkpoint.json"} and state["step"] == total
-    assert all(name.endswith((".safetensors", ".json")) for name in files) and state["plan"] == plan
+    assert files == state.files.keys() | {"checkpoint.json"} and state.step == total
+    assert all(name.endswith((".safetensors", ".json")) for name in files) and state.plan == plan
 
 
 def test_evaluation_json_has_the_shape_that_is_promised(runs):
@@ -121,7 +121,7 @@ def test_the_same_seed_is_bitwise_the_same_run_however_often_it_is_evaluated(run
 def tensors(run: Path) -> dict[str, list]:
     """Every tensor of a run's checkpoint."""
     files = checkpoint.find(run).rglob("*.safetensors")
-    return {f"{file.name} {name}": t.tolist() for file in files for name, t in load_file(file).items()}
+    return {f"{file.parent.name}/{file.name} {n}": t.tolist() for file in files for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

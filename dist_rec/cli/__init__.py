@@ -1,7 +1,8 @@
 """The console command `dist-rec`: a verb is a function with a typed signature.
 
 The only place that parses arguments, prints errors and chooses exit codes: 0 done, 2 the user's
-input is wrong, anything else a fault of ours. Heavy imports happen in the verb that needs them.
+input is wrong, 143 stopped by SIGTERM with everything saved, anything else a fault of ours. Heavy
+imports happen in the verb that needs them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import traceback
 
 import typer
 
-from ..errors import UserError
-from . import bench, run, shards
+from ..errors import Stopped, UserError
+from ..launch import STOPPED, first_to_say, has_failed_for_good, is_echo
+from . import bench, checkpoint, run, shards
 from .common import WITH_OVERRIDES
 
 ECHO_SECONDS = 10
@@ -30,6 +32,7 @@ app.add_typer(shards.app, name="shards")
 app.command()(run.embed)
 app.command(context_settings=WITH_OVERRIDES)(run.train)
 app.command(context_settings=WITH_OVERRIDES)(run.evaluate)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
 app.command()(run.doctor)
 
@@ -41,10 +44,16 @@ def main() -> None:
     """
     code = 0
     try:
+        if has_failed_for_good():
+            raise typer.Exit(2)
         app(standalone_mode=False)
     except UserError as error:
         _complain(str(error))
         code = 2
+    except Stopped as stop:
+        if first_to_say(str(stop)):
+            print(f"dist-rec: {stop}", file=sys.stderr)
+        code = STOPPED
     except typer.Exit as stop:
         code = stop.exit_code
     except typer.Abort:
@@ -60,9 +69,7 @@ def main() -> None:
 
 def _complain(message: str) -> None:
     """Say the user's fault on stderr, once for all ranks that meet it."""
-    from ..launch import first_to_say
-
-    if first_to_say(message):
+    if first_to_say(message, is_final=True):
         # Before the ranks have met, a fault belongs to none of them.
         met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         rank = f"rank {os.environ['RANK']}: " if met and int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
@@ -71,10 +78,8 @@ def _complain(message: str) -> None:
 
 def _end_of(error: Exception) -> int:
     """Exit code of an exception that is no UserError, after saying what there is to say."""
-    from ..launch import first_to_say, is_echo
-
     if hasattr(error, "exit_code") and hasattr(error, "show"):
-        if first_to_say(str(error)):
+        if first_to_say(str(error), is_final=True):
             error.show()
         return error.exit_code
     if is_echo(error):

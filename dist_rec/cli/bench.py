@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from .common import Json, Ranks, print_json
 
 app = typer.Typer(help="The measurements that the documents quote.", no_args_is_help=True)
@@ -27,3 +28,42 @@ def bench_experiment(
     done = run_experiment(config, results, nproc_per_node, only or [], runs)
     print_results(done)
     print_json(as_json, {"results": done})
+
+
+@app.command("crash")
+def bench_crash(
+    kills: Annotated[int, typer.Option(help="How often the job is struck; all kinds come in turn.")] = 7,
+    seed: Annotated[int, typer.Option(help="Of data, training, and the moments of the strokes.")] = 0,
+    nproc_per_node: Annotated[int, typer.Option(help="Ranks of the job.")] = 2,
+    kind: Annotated[list[str] | None, typer.Option(help="A kind of stroke; repeatable; default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Kill a job in every way there is, again and again, and compare its end with an undisturbed one."""
+    from ..bench.crash import KINDS, crash
+    from ..config import check_names
+
+    if faults := check_names(list(KINDS), kind or [], "--kind"):
+        raise UserError("\n".join(faults))
+    result = crash(kills, seed=seed, ranks=nproc_per_node, kinds=kind)
+    for name, value in result.items():
+        print(f"{name.replace('_', ' ')}: {value}")
+    print_json(as_json, result)
+    if not (result["completed"] and result["rows_seen_exactly_once"] and result["bitwise_equal"]):
+        raise typer.Exit(1)
+
+
+@app.command("stream")
+def bench_stream(
+    rows: Annotated[int, typer.Option(help="Rows to invent; slow formats read a part of them.")] = 1_000_000,
+    repeats: Annotated[int, typer.Option(help="Turns that the readers take.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
+    window: Annotated[int, typer.Option(help="Rows that are shuffled together.")] = 262_144,
+    folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rows a second of the stream, against JSON, MDS and Parquet and against merely reading the blocks."""
+    from ..bench.stream import bench_stream, print_summary
+
+    summary = bench_stream(rows, repeats, batch_size, window, folder)
+    print_summary(summary)
+    print_json(as_json, summary)

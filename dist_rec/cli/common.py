@@ -13,6 +13,7 @@ from ..errors import UserError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Ranks = Annotated[int, typer.Option(help="Start this many ranks here, as torchrun would; leave out under torchrun.")]
+Restarts = Annotated[int, typer.Option(help="Start all ranks again this often after one has failed.")]
 WITH_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -31,12 +32,12 @@ def overrides(arguments: list[str]) -> dict[str, str]:
     return overrides
 
 
-def launch_if_asked(nproc_per_node: int) -> None:
+def launch_if_asked(nproc_per_node: int, max_restarts: int = 0) -> None:
     """Become the parent of `nproc_per_node` ranks that run this same command line."""
     from ..launch import launch, under_torchrun
 
     if nproc_per_node and not under_torchrun():
-        sys.exit(launch(nproc_per_node, sys.argv[1:]))
+        sys.exit(launch(nproc_per_node, sys.argv[1:], max_restarts))
 
 
 def is_main() -> bool:

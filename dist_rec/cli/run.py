@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Json, Ranks, is_main, launch_if_asked, overrides, print_json
+from .common import Json, Ranks, Restarts, is_main, launch_if_asked, overrides, print_json
 
 
 def embed(
@@ -45,14 +45,23 @@ def embed(
         print_json(as_json, vars(result))
 
 
-def train(context: typer.Context, config: Path, nproc_per_node: Ranks = 0, as_json: Json = False) -> None:
-    """Train a config (under torchrun, or alone); any key is overridden by --section.key value."""
+def train(
+    context: typer.Context,
+    config: Path,
+    nproc_per_node: Ranks = 0,
+    max_restarts: Restarts = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a config (under torchrun, or alone), from its last good checkpoint if there is one.
+
+    Any key is overridden by --section.key value.
+    """
     from ..config import load_config
 
     if str(config).startswith("--"):
         raise UserError(f"the config file comes first: dist-rec train CONFIG {config} ...")
     loaded = load_config(config, overrides(context.args))
-    launch_if_asked(nproc_per_node)
+    launch_if_asked(nproc_per_node, max_restarts)
     from ..report import print_evaluation
     from ..training.trainer import train as run
 

@@ -1,14 +1,17 @@
-"""`dist-rec shards ...`: build, inspect, verify."""
+"""`dist-rec shards ...`: build, append, inspect, verify."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserError
 from .common import Json, print_json
+
+if TYPE_CHECKING:
+    from ..data.sources import Join
 
 app = typer.Typer(help="Raw tables to shards; what is in them; every checksum and row.", no_args_is_help=True)
 
@@ -36,22 +39,16 @@ def shards_build(
     """Write shards of any data set from Parquet, CSV or JSON lines."""
     import logging
 
-    from ..data.build import Join, build, parse_split
+    from ..data.build import build, parse_split
     from ..schema import load_schema
 
     # Values that a reused vocabulary does not know are a warning of the builder's.
     logging.basicConfig(level=logging.WARNING, format="dist-rec: %(message)s")
-    joins = []
-    for text in join or []:
-        path, _, key = text.rpartition(":")
-        if not path or not key:
-            raise UserError(f"--join {text!r}: write FILE:KEY, such as items.parquet:item_id.")
-        joins.append(Join(path, key))
     indexes = build(
         load_schema(schema),
         sources,
         out,
-        joins=joins,
+        joins=_joins(join),
         split=parse_split(split) if split else None,
         tokenizer=tokenizer or None,
         max_tokens=max_tokens,
@@ -67,6 +64,62 @@ def shards_build(
     for name, entry in built.items():
         print(f"{name}: {entry['rows']:,} rows in {entry['shards']} shards")
     print_json(as_json, {"out": out, "splits": built})
+
+
+@app.command("append")
+def shards_append(
+    dataset: Annotated[str, typer.Argument(help="Local folder with index.json: a data set, or one split of it.")],
+    sources: Annotated[list[str], typer.Option("--from", help="Glob of the new rows' tables; repeatable.")],
+    join: Annotated[list[str] | None, typer.Option(help="Side table FILE:KEY; repeatable.")] = None,
+    history_from: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of earlier tables, whose rows only feed the new rows' histories; repeatable."),
+    ] = None,
+    tokenizer: Annotated[str, typer.Option(help="Folder of the data set's tokenizer, if it lies elsewhere now.")] = "",
+    block_rows: Annotated[int, typer.Option(help="Rows of a block; 0 is as the data set was built.")] = 0,
+    shard_rows: Annotated[int, typer.Option(help="Rows of a shard; 0 is as the data set was built.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes; 0 is all cores.")] = 0,
+    memory_limit: Annotated[str, typer.Option(help="Of the SQL engine, such as 8GB; beyond it, disk is used.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Append rows to a data set, whose schema and vocabularies stay; readers are not disturbed."""
+    import logging
+
+    from ..data.append import append
+
+    # Unknown values and empty histories are warnings of the builder's.
+    logging.basicConfig(level=logging.WARNING, format="dist-rec: %(message)s")
+    index = append(
+        dataset,
+        sources,
+        joins=_joins(join),
+        history_from=history_from or [],
+        tokenizer=tokenizer or None,
+        block_rows=block_rows or None,
+        shard_rows=shard_rows or None,
+        workers=workers or None,
+        memory_limit=memory_limit or None,
+    )
+    new = index.between(index.generation - 1, index.generation)
+    print(
+        f"{dataset}: generation {index.generation} of {new.rows:,} rows in {len(new.shards)} shards; "
+        f"{index.rows:,} rows in all"
+    )
+    appended = {"generation": index.generation, "appended": new.rows, "shards": len(new.shards), "rows": index.rows}
+    print_json(as_json, {"dataset": dataset} | appended)
+
+
+def _joins(given: list[str] | None) -> list[Join]:
+    """FILE:KEY as side tables."""
+    from ..data.sources import Join
+
+    joins = []
+    for text in given or []:
+        path, _, key = text.rpartition(":")
+        if not path or not key:
+            raise UserError(f"--join {text!r}: write FILE:KEY, such as items.parquet:item_id.")
+        joins.append(Join(path, key))
+    return joins
 
 
 @app.command("inspect")

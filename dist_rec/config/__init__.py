@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationInfo, field_validator
 
 from ..errors import UserError, nearest
-from ..strict import from_dict, read_yaml, strict, to_dict
+from ..strict import from_dict, parse_yaml, read_yaml, strict, to_dict
 from .data import DataConfig, check_multiple
 from .model import (
     AdaptationConfig,
@@ -96,8 +96,8 @@ def apply_overrides(data: dict[str, Any], overrides: dict[str, str]) -> None:
             if not isinstance(place, dict):
                 raise UserError(f"--{path}: {section!r} is a value, not a section.")
         try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            place[last] = parse_yaml(text, f"--{path}")
+        except UserError:
             raise UserError(f"--{path}: {text!r} is not a YAML value; quote it.") from None
 
 

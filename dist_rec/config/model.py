@@ -11,7 +11,9 @@ from ..strict import strict
 
 Width = Annotated[int, Field(ge=1)]
 
-ShardingName = Literal["auto", "table_wise", "column_wise", "row_wise"]
+ShardingName = Literal[
+    "auto", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
+]
 
 
 @strict
@@ -27,9 +29,12 @@ class TablesConfig:
     """Embedding tables, under TorchRec.
 
     * `dim`: width of every table, a multiple of 4, for fbgemm's kernels take nothing else.
-    * `sharding`: how tables are cut over the ranks; `auto` lets the planner choose
-      between table_wise and row_wise. A table too
-      small to give every rank a row is placed table_wise where row_wise is asked for.
+    * `sharding`: how tables are cut over the ranks. `table_wise` puts a table on one rank; `row_wise`
+      and `column_wise` cut it over all ranks, `table_row_wise` and `table_column_wise` over those of
+      one host; `grid_shard` cuts columns over hosts and rows within each. `auto` lets the planner
+      choose between table_wise, row_wise and, where there are several hosts, table_row_wise. A table
+      too small to give every rank a row is placed table_wise where rows are to be cut. Tables that a
+      history reads take auto, table_wise, row_wise or column_wise.
     * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
     * `init_std`: rows start as N(0, init_std).
     * `pooling`: how several ids of one feature become one vector.

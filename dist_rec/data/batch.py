@@ -2,7 +2,7 @@
 
 IDs are one `KeyedJaggedTensor`, lists stay jagged, and every distinct text appears once with an
 index for each use, because the language model is the dearest part. Rows that only pad the
-batch are *masked*: no ids, no texts, no labels, `valid` False.
+batch, and void ones (`Rows.void`), are *masked*: no ids, no texts, no labels, `valid` False.
 """
 
 from __future__ import annotations
@@ -88,23 +88,23 @@ def make_batch(
     """Turn rows into a batch of exactly `size` rows, masking what is missing.
 
     Args:
-        rows: at most `size` rows, compact (see `Rows.compact`): all their texts become part of the batch.
+        rows: at most `size` rows, their text table as `window.cut` leaves it: all of it becomes part of the batch.
         schema: the data set's schema; its feature order is the key order.
         size: B.
         vectors: looks up the frozen vectors of text keys: int64 `[T]` -> float32 `[T, D]`. None
             where the model needs none.
     """
-    n = len(rows)
+    n, present = len(rows), rows.row >= 0
     if n > size:
         raise ValueError(f"{n} rows do not fit a batch of {size}")
     features = list(rows.ids)
     lengths = np.zeros((len(features), size), np.int64)
     for i, name in enumerate(features):
         lengths[i, :n] = rows.ids[name].lengths
-    values = [rows.ids[name].values.astype(np.int64, copy=False) for name in features]
+    values = [rows.ids[name].values for name in features]
     ids = KeyedJaggedTensor(
         keys=features,
-        values=torch.from_numpy(np.concatenate(values) if values else np.zeros(0, np.int64)),
+        values=torch.from_numpy(np.concatenate(values, dtype=np.int64) if values else np.zeros(0, np.int64)),
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
     )
@@ -113,7 +113,7 @@ def make_batch(
     labels, valid = {}, {}
     for name in schema.labels:
         known = ~np.isnan(rows.labels[name])
-        labels[name] = _padded(np.where(known, rows.labels[name], 0).astype(np.float32), size, 0)
+        labels[name] = _padded(np.where(known, rows.labels[name], np.float32(0)), size, 0)
         valid[name] = _padded(known, size, False)
     return Batch(
         ids=ids,
@@ -125,8 +125,8 @@ def make_batch(
         text_vectors=torch.from_numpy(vectors(keys)) if vectors else torch.zeros(len(keys), 0),
         labels=labels,
         label_valid=valid,
-        domain=_padded(rows.domain, size, 0),
-        valid=_padded(np.ones(n, bool), size, False),
+        domain=_padded(np.where(present, rows.domain, 0), size, 0),
+        valid=_padded(present, size, False),
         row=_padded(rows.row, size, -1),
         user=_padded(rows.keys["user"], size, -1),
         query=_padded(rows.keys["query"], size, -1),
@@ -134,6 +134,8 @@ def make_batch(
 
 
 def _padded(values: np.ndarray, size: int, fill: Any) -> Tensor:
+    if len(values) == size and values.flags.writeable:  # torch has no read-only tensors
+        return torch.from_numpy(values)
     out = np.full((size, *values.shape[1:]), fill, values.dtype)
     out[: len(values)] = values
     return torch.from_numpy(out)
@@ -149,8 +151,9 @@ def _padded_tokens(tokens: Ragged | None, texts: int) -> tuple[Tensor, Tensor]:
         return torch.zeros(texts, 0, dtype=torch.int64), torch.zeros(texts, 0, dtype=torch.bool)
     if texts == 0:
         return torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
-    lengths = tokens.lengths
-    mask = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
+    longest = max(int(tokens.lengths.max()), 1)
+    narrow = np.min_scalar_type(longest)  # eight times as many comparisons at once
+    mask = np.arange(longest, dtype=narrow)[None, :] < tokens.lengths.astype(narrow)[:, None]
     padded = np.zeros(mask.shape, np.int64)
     padded[mask] = tokens.values
     return torch.from_numpy(padded), torch.from_numpy(mask)

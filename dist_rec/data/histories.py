@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schema import Schema
-from .sources import literal, quote, stream
+from .casts import literal, quote
+from .sources import stream
 
 BATCH_ROWS = 131_072
 

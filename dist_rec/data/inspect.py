@@ -1,12 +1,10 @@
 """What is in a data set: rows, labels, nulls, lengths and the most frequent ids, per domain.
 
-Reads every block once (no checksums: that is `verify`'s) and keeps counts only. Knows no model.
+Reads every block once and keeps counts only. Knows no model.
 """
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator
 from typing import Any
 
 import fsspec
@@ -16,51 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..errors import UserError
-from .blocks import decode_block
-from .index import BlockInfo, Index, ShardInfo, join, read_index
+from .index import Index, join, read_index
+from .reader import ShardReader
+from .remote import DEFAULT_RETRY, Retry
 from .rows import Ragged, Rows
-
-HEADER = 512
-
-
-def read_blocks(root: str, index: Index) -> Iterator[tuple[ShardInfo, BlockInfo, int, bytes]]:
-    """Shard, block, number of its first row, and payload, in the order of the index.
-
-    Raises:
-        UserError: a shard cannot be opened or is shorter than the index says.
-    """
-    first = 0
-    for shard in index.shards:
-        path = join(root, shard.file)
-        try:
-            with fsspec.open(path, "rb") as file:
-                for block in shard.blocks:
-                    file.seek(block.offset)
-                    where = f"{shard.file}, block {block.name}"
-                    yield shard, block, first, payload_of(file.read(block.bytes), block, where)
-                    first += block.rows
-        except FileNotFoundError:
-            raise UserError(f"shard {path} is missing: build the data set again, or copy it completely.") from None
-        except OSError as error:
-            raise UserError(f"cannot read shard {path}: {error}.") from None
-
-
-def payload_of(member: bytes, block: BlockInfo, where: str) -> bytes:
-    """The payload in the tar range of a block.
-
-    Raises:
-        UserError: the range is short, or not the tar member that the index names.
-    """
-    if len(member) != block.bytes:
-        raise UserError(f"{where} is damaged: the shard ends too early. Build or copy it again.")
-    try:
-        header = tarfile.TarInfo.frombuf(member[:HEADER], tarfile.ENCODING, "surrogateescape")
-    except tarfile.TarError as error:
-        raise UserError(f"{where} is damaged: no tar header at offset {block.offset} ({error}).") from None
-    if header.name != block.name or not header.isreg() or HEADER + header.size > len(member):
-        raise UserError(f"{where} is damaged: its tar header is that of {header.name!r}, {header.size} bytes.")
-    return member[HEADER : HEADER + header.size]
 
 
 class _Counter:
@@ -108,15 +65,17 @@ class _Lengths:
         return {"empty_share": self.empty / rows, "mean": self.total / rows, "max": self.longest}
 
 
-def inspect(root: str, top: int = 5) -> dict[str, Any]:
+def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, Any]:
     """Statistics of the data set at `root` (folder or fsspec URL), ready for JSON.
 
     Args:
         root: where `index.json` lies.
         top: how many of the most frequent ids of a table to name.
+        retry: of every read.
 
     Returns:
-        `name`, `split`, `rows`, `blocks`, `shards`, `bytes`, `time`, `tokenizer`; `domains` with
+        `name`, `split`, `rows`, `blocks`, `shards`, `bytes`, `time`, `tokenizer`; `generations` with
+        number, rows and shards, the first being the build and the others appended; `domains` with
         rows and per label valid, positive (at least half the maximum), missing, `rate` (positive /
         valid) and mean; `features` with role, kind, table, null share (from the index), lengths
         over all rows (empty and null are 0) and `tokens` of its texts as used; `tables` with size,
@@ -125,7 +84,7 @@ def inspect(root: str, top: int = 5) -> dict[str, Any]:
     Raises:
         UserError: no data set there, or a damaged block.
     """
-    index = read_index(root)
+    index = read_index(root, retry)
     schema = index.schema
     names = schema.domains.names
     lengths = {name: _Lengths() for name, f in schema.features.items() if f.kind != "dense"}
@@ -133,9 +92,10 @@ def inspect(root: str, top: int = 5) -> dict[str, Any]:
     dense = {name: {"count": 0, "sum": 0.0, "min": np.inf, "max": -np.inf} for name in schema.select(kinds=("dense",))}
     tables = {name: _Counter() for name in schema.table_sizes()}
     labels = [{name: {"valid": 0, "positive": 0, "missing": 0, "sum": 0.0} for name in schema.labels} for _ in names]
-    for shard, block, first, payload in read_blocks(root, index):
-        domain = names.index(shard.domain)
-        rows = decode_block(payload, schema, f"{shard.file}, block {block.name}", first, domain, schema.features, True)
+    reader = ShardReader(root, index, list(schema.features), with_tokens=True, retry=retry)
+    for number, (shard, _) in enumerate(reader.places):
+        domain = reader.domain_of[shard.domain]
+        rows = reader.decode(number, reader.member(number))
         _count_features(rows, schema, lengths, tokens, dense, tables)
         for name, values in rows.labels.items():
             present = values[~np.isnan(values)]
@@ -176,6 +136,7 @@ def inspect(root: str, top: int = 5) -> dict[str, Any]:
         "bytes": sum(shard.bytes for shard in index.shards),
         "time": [min(times), max(times)] if times else None,
         "tokenizer": index.tokenizer.name if index.tokenizer else None,
+        "generations": _generations(index),
         "domains": {
             name: {"rows": index.rows_of(name), "labels": {k: _rates(v) for k, v in labels[i].items()}}
             for i, name in enumerate(names)
@@ -183,6 +144,15 @@ def inspect(root: str, top: int = 5) -> dict[str, Any]:
         "features": features,
         "tables": {name: _table(root, index, name, counter, top) for name, counter in tables.items()},
     }
+
+
+def _generations(index: Index) -> list[dict[str, int]]:
+    found: dict[int, dict[str, int]] = {}
+    for shard in index.shards:
+        entry = found.setdefault(shard.generation, {"generation": shard.generation, "rows": 0, "shards": 0})
+        entry["rows"] += shard.rows
+        entry["shards"] += 1
+    return [found[number] for number in sorted(found)]
 
 
 def _count_features(rows: Rows, schema, lengths, tokens, dense, tables) -> None:
@@ -253,6 +223,11 @@ def print_inspection(inspection: dict[str, Any], console: Console | None = None)
         + (f", time {span[0]} .. {span[1]}" if span else "")
         + (f", tokenizer {inspection['tokenizer']}" if inspection["tokenizer"] else "")
     )
+    if len(inspection["generations"]) > 1:
+        generations = Table("generation", "rows", "shards", title="Built (0) and appended")
+        for entry in inspection["generations"]:
+            generations.add_row(*(f"{entry[k]:,}" for k in ("generation", "rows", "shards")))
+        console.print(generations)
     domains = Table("domain", "rows", "label", "valid", "missing", "positive", "rate", "mean", title="Domains")
     for name, domain in inspection["domains"].items():
         head = (escape(name), f"{domain['rows']:,}")

@@ -1,8 +1,8 @@
 """Raw files → one DuckDB table `source` whose columns have the type that their use needs.
 
 Reads globs of Parquet, CSV, TSV and JSON lines, checks that every column the schema asks for is
-there, casts it, and joins side tables. Knows what a column is *used* for (a string, a list, a
-number, ...), not what becomes of it: vocabularies, splits and histories are `ingest`'s.
+there, casts it (`casts`), and joins side tables. Knows what a column is *used* for (a string, a
+list, a number, ...), not what becomes of it: vocabularies, splits and histories are `ingest`'s.
 
 CSV and JSON columns are read untyped and cast explicitly, so a value that shows up after the
 sniffer's sample cannot change a column's type, and "007" stays "007".
@@ -15,18 +15,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import duckdb
 import pyarrow as pa
 
 from ..errors import UserError, nearest
 from ..schema import Schema
-
-Use = Literal["string", "list", "vector", "number", "time"]
-SQL_TYPE = {"string": "VARCHAR", "list": "VARCHAR[]", "vector": "FLOAT[]", "number": "DOUBLE", "time": "BIGINT"}
-FILE = "__file__"
-_MARK = re.compile(r"<<dist_rec (.*?)>>", re.DOTALL)
+from .casts import COMPLAINT, FILE, SQL_TYPE, Need, Use, cast_sql, literal
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,6 @@ class Join:
 
     path: str
     key: str
-
-
-@dataclass(frozen=True)
-class Need:
-    """A raw column and what it is used for; `separator` splits strings into lists."""
-
-    column: str
-    use: Use
-    separator: str | None = None
 
 
 @dataclass
@@ -67,12 +53,14 @@ class Source:
         schema: what it was read for.
         columns: place in the schema (`features.title`, `keys.time`, ...) → column of the table.
         rows: its number of rows.
+        first: rows before this one are past: events of histories, but not written.
     """
 
     con: duckdb.DuckDBPyConnection
     schema: Schema
     columns: dict[str, str] = field(default_factory=dict)
     rows: int = 0
+    first: int = 0
 
     def where(self, n: int) -> str:
         """File and row (from 1, headers not counted) of row `n`, for messages."""
@@ -80,16 +68,6 @@ class Source:
             f"SELECT {FILE}, (SELECT min(n) FROM source b WHERE b.{FILE} = a.{FILE}) FROM source a WHERE n = {n}"
         ).fetchone()
         return f"{file}, row {n - first + 1}"
-
-
-def quote(name: str) -> str:
-    """A SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A SQL string literal."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def stream(con: duckdb.DuckDBPyConnection, query: str, batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -126,8 +104,11 @@ def load(
     sources: list[str],
     joins: tuple[Join, ...],
     split_columns: dict[str, str],
+    past: tuple[str, ...] = (),
 ) -> Source:
     """Read, cast and join everything that the schema needs into the table `source`.
+
+    The rows of `past`, globs too, come first.
 
     Raises:
         UserError: no such files, an unreadable file, missing or ambiguous columns (all at once),
@@ -135,7 +116,8 @@ def load(
     """
     if not sources:
         raise UserError("no sources: name at least one file or glob.")
-    mains = [relation for pattern in sources for relation in relations(con, pattern)]
+    earlier = [relation for pattern in past for relation in relations(con, pattern)]
+    mains = earlier + [relation for pattern in sources for relation in relations(con, pattern)]
     sides = [(join, list(relations(con, join.path))) for join in joins]
     needs = needs_of(schema, split_columns)
     main_columns = {c for relation in mains for c in relation.types}
@@ -151,7 +133,7 @@ def load(
     in_main = [need for need in names if homes[need] is None]
     in_main += [need for need in dict.fromkeys(keys.values()) if need not in in_main]
     key_names = {need: names.get(need, f"j{i}") for i, need in keys.items()}
-    _store(con, "main_rows", mains, [(need, names.get(need) or key_names[need]) for need in in_main])
+    stored = _store(con, "main_rows", mains, [(need, names.get(need) or key_names[need]) for need in in_main])
     selected, joined = [f"m.rowid AS n, m.{FILE}"], ""
     selected += [f"m.{names[need]}" for need in in_main if need in names]
     for i, (join, parts) in enumerate(sides):
@@ -170,10 +152,10 @@ def load(
         joined += f" LEFT JOIN side{i} s{i} ON s{i}.k = m.{key_names[keys[i]]}"
     kind = "TABLE" if sides else "VIEW"
     con.execute(f"CREATE {kind} source AS SELECT {', '.join(selected)} FROM main_rows m{joined}")
-    rows = con.execute("SELECT count(*) FROM source").fetchone()[0]
-    if rows == 0:
+    rows, first = sum(stored), sum(stored[: len(earlier)])
+    if rows == first:
         raise UserError(f"the input has no rows: {', '.join(sources)}.")
-    return Source(con, schema, {place: names[need] for place, need in needs.items()}, rows)
+    return Source(con, schema, {place: names[need] for place, need in needs.items()}, rows, first)
 
 
 def _homes(needs, mains, main_columns, sides) -> dict[Need, int | None]:
@@ -213,16 +195,25 @@ def _homes(needs, mains, main_columns, sides) -> dict[Need, int | None]:
     return homes
 
 
-def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation]:
-    """The files of a glob, in sorted order, grouped by format."""
+def files_of(pattern: str) -> list[str]:
+    """The files of a glob, in sorted order.
+
+    Raises:
+        UserError: there is none.
+    """
     if "://" in pattern:
         raise UserError(f"{pattern}: raw tables are read from local files; copy them here first.")
     files = sorted(glob.glob(pattern, recursive=True)) or ([pattern] if Path(pattern).is_file() else [])
     files = [file for file in files if Path(file).is_file()]
     if not files:
         raise UserError(f"no file matches {pattern}.")
+    return files
+
+
+def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation]:
+    """The files of a glob, in sorted order, grouped by format."""
     runs: list[tuple[str, list[str]]] = []
-    for file in files:
+    for file in files_of(pattern):
         reader = _reader(file)
         if runs and runs[-1][0] == reader:
             runs[-1][1].append(file)
@@ -261,7 +252,7 @@ def _reader(file: str) -> str:
 
 
 def _read_error(error: duckdb.Error, pattern: str) -> UserError:
-    ours = _MARK.search(str(error))
+    ours = COMPLAINT.search(str(error))
     if ours:
         return UserError(ours.group(1))
     if isinstance(error, duckdb.OutOfMemoryException):
@@ -275,8 +266,13 @@ def _first(error: duckdb.Error) -> str:
     return " ".join(text.splitlines()[:3])
 
 
-def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str]]) -> None:
-    """CREATE TABLE with the cast columns; parts are inserted one after another to keep their order."""
+def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str]]) -> list[int]:
+    """CREATE TABLE with the cast columns; parts are inserted one after another to keep their order.
+
+    Returns:
+        Rows of every part.
+    """
+    rows = []
     declared = ", ".join(f"{name} {SQL_TYPE[need.use]}" for need, name in columns)
     con.execute(f"CREATE TABLE {table} ({declared + ', ' if declared else ''}{FILE} VARCHAR)")
     for part in parts:
@@ -285,103 +281,8 @@ def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str
             for need, _ in columns
         ]
         try:
-            con.execute(f"INSERT INTO {table} SELECT {', '.join([*casts, FILE])} FROM {part.sql}")
+            inserted = con.execute(f"INSERT INTO {table} SELECT {', '.join([*casts, FILE])} FROM {part.sql}")
+            rows.append(inserted.fetchone()[0])
         except duckdb.Error as error:
             raise _read_error(error, part.pattern) from None
-
-
-def cast_sql(need: Need, kind: str) -> str:
-    """SQL that turns the raw column, of DuckDB type `kind`, into what its use needs."""
-    column = quote(need.column)
-    if need.use == "string":
-        return _string(column, kind)
-    if need.use == "list":
-        return _list(need, column, kind)
-    if need.use == "vector":
-        return _vector(need, column, kind)
-    text = f"nullif(trim({column} ->> '$'), '')" if kind == "JSON" else f"nullif(trim({column}), '')"
-    untyped = kind in ("JSON", "VARCHAR") or kind.startswith("ENUM")
-    if need.use == "number":
-        if not untyped:
-            value = f"CAST({column} AS DOUBLE)"
-            return f"CASE WHEN NOT isnan({value}) THEN {value} END"
-        value = f"coalesce(TRY_CAST({text} AS DOUBLE), TRY_CAST(TRY_CAST({text} AS BOOLEAN) AS DOUBLE))"
-        return (
-            f"CASE WHEN {text} IS NULL OR isnan({value}) THEN NULL WHEN {value} IS NULL "
-            f"THEN {_complain(need, text, 'is no number')} ELSE {value} END"
-        )
-    if not untyped:
-        if kind.startswith(("TIMESTAMP", "DATE")):
-            return f"CAST(floor(epoch({column})) AS BIGINT)"
-        value = f"CAST({column} AS DOUBLE)"
-        return f"CASE WHEN NOT isnan({value}) THEN CAST(floor({value}) AS BIGINT) END"
-    seconds = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMPTZ)))"
-    return (
-        f"CASE WHEN {text} IS NULL OR isnan({seconds}) THEN NULL WHEN {seconds} IS NULL "
-        f"THEN {_complain(need, text, 'is neither seconds nor a date')} ELSE CAST(floor({seconds}) AS BIGINT) END"
-    )
-
-
-def _complain(need: Need, text: str, fault: str, tail: str = "") -> str:
-    """SQL that stops the query with a message of ours."""
-    start, end = literal(f"<<dist_rec column {need.column}: "), literal(f" {fault}.{tail}>>")
-    return f"error({start} || '''' || left({text}, 80) || '''' || ' in ' || {FILE} || {end})"
-
-
-def _string(column: str, kind: str) -> str:
-    if kind == "JSON":
-        return f"nullif({column} ->> '$', '')"
-    if kind == "VARCHAR":
-        return f"nullif({column}, '')"
-    if kind in ("DOUBLE", "FLOAT"):
-        # pandas turns integers with nulls into floats; 7.0 must be the id "7" of the other file.
-        whole = f"{column} = floor({column}) AND abs({column}) < 9007199254740992"
-        return (
-            f"CASE WHEN isnan({column}) THEN NULL WHEN {whole} THEN CAST(CAST({column} AS BIGINT) AS VARCHAR) "
-            f"ELSE CAST({column} AS VARCHAR) END"
-        )
-    return f"CAST({column} AS VARCHAR)"
-
-
-def _list(need: Need, column: str, kind: str) -> str:
-    element = re.fullmatch(r"(.*)\[\d*\]", kind)
-    if element:
-        return f"list_transform(CAST({column} AS {element.group(1)}[]), lambda x: {_string('x', element.group(1))})"
-    text = f"({column} ->> '$')" if kind == "JSON" else f"nullif(CAST({column} AS VARCHAR), '')"
-    as_json = column if kind == "JSON" else f"CAST({text} AS JSON)"
-    is_list = f"json_type({column}) = 'ARRAY'"
-    if kind != "JSON":
-        is_list = f"(json_valid({text}) AND json_type({text}) = 'ARRAY')"
-    parsed = f"list_transform(CAST({as_json} AS VARCHAR[]), lambda x: nullif(x, ''))"
-    if need.separator is not None:
-        pieces = f"list_transform(string_split({text}, {literal(need.separator)}), lambda x: nullif(trim(x), ''))"
-        pieces = f"list_filter({pieces}, lambda x: x IS NOT NULL)"
-        if kind != "JSON":
-            return pieces
-        return f"CASE WHEN {is_list} THEN {parsed} ELSE {pieces} END"
-    hint = " Write JSON lists, or give the feature a separator."
-    return (
-        f"CASE WHEN {text} IS NULL THEN NULL WHEN {is_list} THEN {parsed} "
-        f"ELSE {_complain(need, text, 'is no list', hint)} END"
-    )
-
-
-def _vector(need: Need, column: str, kind: str) -> str:
-    full = "list_transform({}, lambda x: coalesce(x, CAST('nan' AS FLOAT)))"
-    if re.fullmatch(r".*\[\d*\]", kind):
-        return full.format(f"CAST({column} AS FLOAT[])")
-    if kind not in ("JSON", "VARCHAR"):
-        number = f"CAST({column} AS FLOAT)"
-        return f"CASE WHEN {number} IS NOT NULL AND NOT isnan({number}) THEN [{number}] END"
-    text = f"nullif(trim({column} ->> '$'), '')" if kind == "JSON" else f"nullif(trim({column}), '')"
-    number = f"TRY_CAST({text} AS FLOAT)"
-    many = (
-        f"TRY_CAST(list_filter(string_split({text}, {literal(need.separator)}), lambda x: trim(x) <> '') AS FLOAT[])"
-        if need.separator is not None
-        else f"CASE WHEN json_valid({text}) THEN TRY_CAST(CAST({text} AS JSON) AS FLOAT[]) END"
-    )
-    return (
-        f"CASE WHEN {text} IS NULL OR isnan({number}) THEN NULL WHEN {number} IS NOT NULL THEN [{number}] "
-        f"WHEN ({many}) IS NULL THEN {_complain(need, text, 'is neither a number nor a list of numbers')} "
-        f"ELSE {full.format(f'({many})')} END"
-    )
+    return rows

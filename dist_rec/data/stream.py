@@ -1,7 +1,8 @@
-"""A rank's stream of batches: blocks fetched by WebDataset, in the canonical order, ahead of use.
+"""A rank's stream of batches: blocks in the canonical order, read and put together ahead of use.
 
 `Stream` assembles windows and batches as `order.Order` says, from the blocks that `reader` decodes.
-A background thread keeps a bounded number of batches ready.
+A background thread keeps a bounded number of batches ready. Held in memory at any time: a window of
+every stream, the few blocks that it shares with windows to come, and those batches.
 """
 
 from __future__ import annotations
@@ -14,43 +15,93 @@ import numpy as np
 
 from ..errors import UserError
 from .batch import Batch, make_batch
-from .order import Order
+from .order import Order, Piece
 from .reader import ShardReader
 from .rows import Rows
+from .textpool import TextPool
+from .window import Window, cut
+
+
+class _Blocks:
+    """The blocks that the streams of a rank read next: fetched ahead, and decoded once for all who share one."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.reader = reader
+        reader.keep = 1  # what is worth keeping is kept here
+        self.streams: list[_LogicalStream] = []
+        self.held: dict[int, Rows] = {}
+
+    def announce(self, stream: _LogicalStream) -> None:
+        """Tell the reader what is read next: by this stream, by those after it, and so round."""
+        at = self.streams.index(stream)
+        self.reader.prefetch([block for s in self.streams[at:] + self.streams[:at] for block in s.coming])
+
+    def rows(self, number: int) -> Rows:
+        if number not in self.held:
+            self.held[number] = self.reader.rows(number)
+        return self.held[number]
+
+    def forget(self) -> None:
+        """Let go of what no stream reads in its next window."""
+        coming = {block for stream in self.streams for block in stream.coming}
+        self.held = {number: rows for number, rows in self.held.items() if number in coming}
 
 
 class _LogicalStream:
-    """One of the S streams: holds the window that is being read."""
+    """One of the S streams: holds the window that is being read, and cuts batches from it.
 
-    def __init__(self, order: Order, reader: ShardReader, number: int) -> None:
-        self.order, self.reader, self.number = order, reader, number
-        self.epoch = self.window = -1
-        self.rows: Rows | None = None
+    Attributes:
+        coming: the blocks that it will ask for next, soonest first.
+    """
 
-    def take(self, epoch: int, start: int, stop: int) -> list[Rows]:
-        """Rows start .. stop of this epoch, as slices of windows."""
-        if epoch != self.epoch:
-            self.epoch, self.window = epoch, -1
-            self.before = self.order.windows(epoch, self.number)
-            self.edges = self.before.sum(axis=1)
+    def __init__(self, order: Order, blocks: _Blocks, number: int, pool: TextPool, segment: int) -> None:
+        self.order, self.blocks, self.number, self.pool, self.segment = order, blocks, number, pool, segment
+        self.held: Window | None = None
+        self.coming: list[int] = []
+
+    def open(self, epoch: int, start: int) -> None:
+        """Get ready to read an epoch from row `start`."""
+        self.epoch, self.window = epoch, -1
+        self.before = self.order.windows(epoch, self.number)
+        self.edges = self.before.sum(axis=1)
+        self._expect(self._window_of(start))
+
+    def take(self, start: int, stop: int) -> list[tuple[Window, int, int]]:
+        """Rows start .. stop of this epoch, as slices of windows (see `window.cut`)."""
         stop = min(stop, int(self.edges[-1]))
-        parts = []
+        slices = []
         while start < stop:
-            window = int(np.searchsorted(self.edges, start, side="right")) - 1
+            window = self._window_of(start)
             if window != self.window:
                 self._load(window)
             first = int(self.edges[window])
             end = min(stop, int(self.edges[window + 1]))
-            parts.append(self.rows.slice(start - first, end - first))
+            slices.append((self.held, start - first, end - first))
             start = end
-        return parts
+        return slices
+
+    def _window_of(self, row: int) -> int:
+        return int(np.searchsorted(self.edges, row, side="right")) - 1
 
     def _load(self, window: int) -> None:
-        before, after = self.before[window], self.before[window + 1]
-        pieces = self.order.window_pieces(self.epoch, self.number, before, after)
-        rows = Rows.concat([self.reader.rows(p.block).slice(p.start, p.stop) for p in pieces])
-        self.rows = rows.take(self.order.arrangement(self.epoch, self.number, window, after - before))
+        pieces = self._expect(window)
+        self.blocks.announce(self)
+        self.held = None  # not two windows at a time
+        found = [self.blocks.rows(p.block).slice(p.start, p.stop) for p in pieces]
+        counts = self.before[window + 1] - self.before[window]
+        # Here and not batch by batch: one stream's window fits the processor's cache, all of them do not.
+        arrangement = self.order.arrangement(self.epoch, self.number, window, counts)
+        self.held = Window(found, arrangement, self.blocks.reader.index.schema, self.pool, self.segment)
         self.window = window
+        self._expect(window + 1)
+        self.blocks.forget()
+
+    def _expect(self, window: int) -> list[Piece]:
+        """The pieces of a window, which is read next; none past the last."""
+        ended = window >= len(self.before) - 1
+        pieces = [] if ended else self.order.window_pieces(self.epoch, self.number, *self.before[window : window + 2])
+        self.coming = [piece.block for piece in pieces]
+        return pieces
 
 
 class Stream:
@@ -81,8 +132,11 @@ class Stream:
             )
         self.reader, self.order, self.vectors, self.read_ahead = reader, order, vectors, read_ahead
         mine = range(rank, order.streams, world_size)
-        reader.keep = 4 * len(mine)
-        self.streams = [_LogicalStream(order, reader, s) for s in mine]
+        blocks = _Blocks(reader)
+        self.pool = TextPool(len(mine))
+        self.streams = [_LogicalStream(order, blocks, s, self.pool, i) for i, s in enumerate(mine)]
+        blocks.streams = self.streams
+        self.epoch: int | None = None
         self.batch_rows = -(-order.streams // world_size) * order.per_stream
 
     @property
@@ -92,15 +146,19 @@ class Stream:
 
     def batch(self, epoch: int, step: int) -> Batch:
         """This rank's part of global batch `step`: always `batch_rows` rows, masked where short."""
-        k = self.order.per_stream
-        parts = [part for s in self.streams for part in s.take(epoch, step * k, (step + 1) * k)]
-        if not parts:
-            parts = [self.streams[0].rows.slice(0, 0)] if self.streams[0].rows else [self._no_rows()]
-        rows = Rows.concat([part.compact() for part in parts])
-        return make_batch(rows, self.reader.index.schema, self.batch_rows, self.vectors)
-
-    def _no_rows(self) -> Rows:
-        return self.reader.rows(0).slice(0, 0)
+        start, stop = step * self.order.per_stream, (step + 1) * self.order.per_stream
+        if epoch != self.epoch:
+            self.epoch = epoch
+            for stream in self.streams:
+                stream.open(epoch, start)
+        slices = [part for stream in self.streams for part in stream.take(start, stop)]
+        schema = self.reader.index.schema
+        if not slices:
+            # Past this rank's last row; any window has the columns.
+            no_rows = np.zeros(0, np.int64)
+            held = self.streams[0].held or Window([self.reader.rows(0)], no_rows, schema, self.pool, 0)
+            slices = [(held, 0, 0)]
+        return make_batch(cut(slices, self.pool), schema, self.batch_rows, self.vectors)
 
     def batches(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step .. stop_step (default: to the epoch's end), prepared in the background.
@@ -110,7 +168,8 @@ class Stream:
         """
         stop_step = self.steps if stop_step is None else min(stop_step, self.steps)
         ready: queue.Queue = queue.Queue(maxsize=self.read_ahead)
-        cancelled = threading.Event()
+        # A read that waits for a server ends with its consumer.
+        cancelled = self.reader.cancelled = threading.Event()
 
         def offer(item: Batch | Exception | None) -> bool:
             while not cancelled.is_set():
@@ -140,3 +199,5 @@ class Stream:
         finally:
             cancelled.set()
             thread.join()
+            self.reader.prefetch([])
+            self.reader.cancelled = threading.Event()

@@ -7,35 +7,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from ..errors import UserError
-from .blocks import decode_block
-from .index import Index, ShardInfo, join, read_index
-from .inspect import payload_of
+from .index import BlockInfo, Index, ShardInfo, join, read_index
+from .reader import ShardReader
+from .remote import DEFAULT_RETRY, Retry, Unreadable
+from .rows import Rows
 
 CHUNK = 1 << 22
-MOST_FAULTS = 30
+MOST_FAULTS = 100
 
 
-def verify(root: str, workers: int | None = None) -> dict[str, Any]:
-    """Check every shard of the data set at `root` (folder or fsspec URL).
+def verify(root: str, workers: int | None = None, retry: Retry = DEFAULT_RETRY) -> dict[str, Any]:
+    """Check every shard of the data set at `root` (folder or fsspec URL), each byte read once.
 
-    Per shard: length and SHA-256 of the file; the tar members are exactly the blocks of the index.
     Per block: the tar range is readable by itself, CRC-32, rows decode, ids and labels are within
-    their bounds, the time range. Over all: label counts; a plain `webdataset.WebDataset` iterates
+    their bounds, the time range. Per shard: length and SHA-256 of the file; the blocks of the
+    index are all that it holds. Over all: label counts; a plain `webdataset.WebDataset` iterates
     local tars and meets each block once.
 
     Args:
         root: where `index.json` lies.
         workers: threads; all cores if None.
+        retry: of every read.
 
     Returns:
         `root`, `rows`, `blocks`, `shards`, `bytes` that were checked.
@@ -43,12 +42,16 @@ def verify(root: str, workers: int | None = None) -> dict[str, Any]:
     Raises:
         UserError: naming every damaged shard and block.
     """
-    index = read_index(root)
-    starts = [0, *accumulate(shard.rows for shard in index.shards)]
+    index = read_index(root, retry)
+    reader = ShardReader(root, index, list(index.schema.features), with_tokens=True, retry=retry)
+    starts = [0, *accumulate(len(shard.blocks) for shard in index.shards)]
+    jobs = zip(index.shards, starts[:-1], strict=True)
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = list(
-            pool.map(lambda job: _verify_shard(root, index, *job), zip(index.shards, starts[:-1], strict=True))
-        )
+        try:
+            results = list(pool.map(lambda job: _verify_shard(reader, *job), jobs))
+        except BaseException:
+            reader.cancelled.set()  # whoever interrupts it waits for no retries
+            raise
     faults = [fault for shard_faults, _ in results for fault in shard_faults]
     if not faults:
         counted = {
@@ -60,10 +63,6 @@ def verify(root: str, workers: int | None = None) -> dict[str, Any]:
                 faults.append(
                     f"index.json: label {name!r} is counted as {index.label_counts.get(name)}, the rows have {counts}"
                 )
-        files = [shard.file for shard in index.shards]
-        faults += [
-            f"index.json: shard {file} is listed twice" for file in sorted({f for f in files if files.count(f) > 1})
-        ]
     if faults:
         more = f"\n  - and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
         raise UserError(
@@ -81,73 +80,64 @@ def verify(root: str, workers: int | None = None) -> dict[str, Any]:
     }
 
 
-def _verify_shard(root: str, index: Index, shard: ShardInfo, first: int) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """Faults of one shard, and the label counts of its readable rows."""
-    labels = {name: {"valid": 0, "positive": 0, "missing": 0} for name in index.schema.labels}
+def _verify_shard(reader: ShardReader, shard: ShardInfo, first: int) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """Faults of the shard whose first block is number `first`, and the label counts of its readable rows."""
+    labels = {name: {"valid": 0, "positive": 0, "missing": 0} for name in reader.index.schema.labels}
     faults: list[str] = []
-    path = join(root, shard.file)
     try:
-        with fsspec.open(path, "rb") as file:
-            _check_file(file, shard, faults)
-            for block in shard.blocks:
-                where = f"{shard.file}, block {block.name}"
-                try:
-                    file.seek(block.offset)
-                    payload = payload_of(file.read(block.bytes), block, where)
-                    if zlib.crc32(payload) != block.crc32:
-                        faults.append(f"{where}: its CRC-32 is not the index's")
-                    else:
-                        _check_rows(payload, index, shard, block, where, first, labels, faults)
-                except UserError as error:
-                    faults.append(str(error))
-                first += block.rows
-    except FileNotFoundError:
-        return [f"{shard.file}: the file is missing"], labels
-    except OSError as error:
-        return [f"{shard.file}: cannot be read ({error})"], labels
-    if not faults and "://" not in root:
-        faults += _iterate(path, shard)
+        size = reader.files.size(shard.file)
+    except Unreadable as error:
+        return [f"{shard.file}: {'the file is missing' if error.missing else f'cannot be read: {error}'}"], labels
+    if size != shard.bytes:
+        faults.append(f"{shard.file}: has {size} bytes, the index says {shard.bytes}")
+    digest, at = hashlib.sha256(), 0
+    for number, block in enumerate(shard.blocks, first):
+        try:
+            start, at = at, block.offset + block.bytes
+            foreign = _hash_between(reader, shard, digest, start, block.offset)
+            member = reader.member(number)
+            digest.update(member)
+            if foreign:
+                faults.append(f"{shard.file}: holds something before block {block.name} that the index does not name")
+            _check_rows(reader.decode(number, member), reader.index, shard, block, labels, faults)
+        except UserError as error:
+            faults.append(str(error))
+        except Unreadable as error:
+            faults.append(f"{shard.file}, before block {block.name}: cannot be read: {error}")
+    if not faults:
+        try:
+            if _hash_between(reader, shard, digest, at, size):
+                faults.append(f"{shard.file}: holds something after its last block that the index does not name")
+            elif digest.hexdigest() != shard.sha256:
+                faults.append(f"{shard.file}: its SHA-256 is not the index's")
+        except Unreadable as error:
+            faults.append(f"{shard.file}, after its last block: cannot be read: {error}")
+    if not faults and reader.files.local:
+        faults += _iterate(join(reader.root, shard.file), shard)
     return faults, labels
 
 
-def _check_file(file, shard: ShardInfo, faults: list[str]) -> None:
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-        size += len(chunk)
-    if size != shard.bytes:
-        faults.append(f"{shard.file}: has {size} bytes, the index says {shard.bytes}")
-    elif digest.hexdigest() != shard.sha256:
-        faults.append(f"{shard.file}: its SHA-256 is not the index's")
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            names = [member.name for member in tar]
-    except tarfile.TarError as error:
-        faults.append(f"{shard.file}: is no tar file ({error})")
-        return
-    if names != [block.name for block in shard.blocks]:
-        faults.append(
-            f"{shard.file}: holds {len(names)} members, which are not the {len(shard.blocks)} blocks of the index"
-        )
+def _hash_between(reader: ShardReader, shard: ShardInfo, digest, start: int, stop: int) -> bool:
+    """Hash what lies between blocks; True if it is more than the zeros that end a tar."""
+    foreign = False
+    for at in range(start, stop, CHUNK):
+        data = reader.files.read(shard.file, at, min(at + CHUNK, stop))
+        digest.update(data)
+        foreign |= any(data)
+    return foreign
 
 
-def _check_rows(payload, index: Index, shard, block, where: str, first: int, labels, faults: list[str]) -> None:
-    schema = index.schema
-    domain = schema.domains.names.index(shard.domain)
-    rows = decode_block(payload, schema, where, first, domain, schema.features, True)
-    if len(rows) != block.rows:
-        faults.append(f"{where}: has {len(rows)} rows, the index says {block.rows}")
+def _check_rows(rows: Rows, index: Index, shard: ShardInfo, block: BlockInfo, labels, faults: list[str]) -> None:
     for name, values in rows.labels.items():
         present = values[~np.isnan(values)]
         labels[name]["valid"] += len(present)
-        labels[name]["positive"] += int(np.count_nonzero(present >= schema.labels[name].maximum / 2))
+        labels[name]["positive"] += int(np.count_nonzero(present >= index.schema.labels[name].maximum / 2))
         labels[name]["missing"] += len(values) - len(present)
     times = rows.keys["time"][rows.keys["time"] != -1]
     span = (int(times.min()), int(times.max())) if len(times) else None
     # -1 is a missing key when decoded, but also the last second of 1969.
     if span != block.time and not (block.time and -1 in block.time):
-        faults.append(f"{where}: its times are {span}, the index says {block.time}")
+        faults.append(f"{shard.file}, block {block.name}: its times are {span}, the index says {block.time}")
 
 
 def _iterate(path: str, shard: ShardInfo) -> list[str]:

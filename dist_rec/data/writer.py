@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..schema import Schema
 from .encode import EncodedBlock, FeatureCounts
-from .index import BlockInfo, FeatureStatistics, Index, ShardInfo, TokenizerInfo, write_index
+from .index import BlockInfo, FeatureStatistics, Index, ShardInfo, TokenizerInfo, sync
 
 
 def file_stems(domains: list[str]) -> list[str]:
@@ -25,6 +25,11 @@ def file_stems(domains: list[str]) -> list[str]:
             stem = f"{stem}.{position}"
         stems.append(stem)
     return stems
+
+
+def shard_name(stem: str, number: int, generation: int) -> str:
+    """Name of a tar; those of one generation are never those of another."""
+    return f"{stem}-{number:05d}.g{generation}.tar" if generation else f"{stem}-{number:05d}.tar"
 
 
 class _HashedFile:
@@ -45,27 +50,30 @@ class _HashedFile:
 
 
 class DatasetWriter:
-    """Writes one data set: `add` blocks domain by domain, then `close`, which publishes the index.
+    """Writes the tars of one data set: `add` blocks domain by domain, then `close`, which gives the index.
 
     Args:
-        folder: where `index.json` and the tars go; made here.
+        folder: where the tars go; made here.
         split: `train`, `valid`, `test` or `all`.
         schema: resolved schema.
         tokenizer: whose token ids the blocks carry.
         shard_rows: a tar is closed once it holds this many rows.
+        previous: index of the data set that the tars are appended to, if any.
     """
 
     def __init__(
-        self, folder: Path, split: str, schema: Schema, tokenizer: TokenizerInfo | None, shard_rows: int
+        self,
+        folder: Path,
+        split: str,
+        schema: Schema,
+        tokenizer: TokenizerInfo | None,
+        shard_rows: int,
+        previous: Index | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.split, self.schema, self.tokenizer, self.shard_rows = (
-            folder,
-            split,
-            schema,
-            tokenizer,
-            shard_rows,
-        )
+        self.folder, self.split, self.schema, self.tokenizer = folder, split, schema, tokenizer
+        self.shard_rows, self.previous = shard_rows, previous
+        self.generation = previous.generation + 1 if previous else 0
         self.stems = file_stems(schema.domains.names)
         self.shards: list[ShardInfo] = []
         self.features = {name: FeatureCounts() for name in schema.features}
@@ -107,7 +115,7 @@ class DatasetWriter:
 
         self.number = self.number + 1 if domain == self.domain else 0
         self.domain = domain
-        self.name = f"{self.stems[domain]}-{self.number:05d}.tar"
+        self.name = shard_name(self.stems[domain], self.number, self.generation)
         self.file = _HashedFile(self.folder / self.name)
         self.tar = TarWriter(self.file, encoder=False, compress=False, mtime=0)
         self.blocks = []
@@ -115,12 +123,14 @@ class DatasetWriter:
     def _finish_shard(self) -> None:
         self.tar.close()
         self.file.close()
+        sync(self.folder / self.name)
         self.shards.append(
             ShardInfo(
                 file=self.name,
                 domain=self.schema.domains.names[self.domain],
                 bytes=self.file.size,
                 sha256=self.file.digest.hexdigest(),
+                generation=self.generation,
                 blocks=self.blocks,
             )
         )
@@ -132,9 +142,17 @@ class DatasetWriter:
             self.file.close()
 
     def close(self) -> Index:
-        """Finish the last tar and write the index."""
+        """Finish the last tar; the index of all rows, the previous ones included, which is not written yet."""
         self._finish_shard()
-        index = Index(
+        rows, shards = self.rows, self.shards
+        if self.previous is not None:
+            rows, shards = rows + self.previous.rows, self.previous.shards + shards
+            for name, counts in self.features.items():
+                counts.add(_counts(self.previous.statistics[name], self.previous.rows))
+            for name, counts in self.labels.items():
+                for what, count in self.previous.label_counts[name].items():
+                    counts[what] += count
+        return Index(
             format="dist_rec/1",
             name=self.schema.name,
             split=self.split,
@@ -142,15 +160,23 @@ class DatasetWriter:
             tokenizer=self.tokenizer,
             statistics={
                 name: FeatureStatistics(
-                    null_share=counts.nulls / self.rows,
-                    mean_length=counts.total / self.rows,
+                    null_share=counts.nulls / rows,
+                    mean_length=counts.total / rows,
                     max_length=counts.longest,
                     unknown=counts.unknown,
                 )
                 for name, counts in self.features.items()
             },
             label_counts=self.labels,
-            shards=self.shards,
+            shards=shards,
         )
-        write_index(str(self.folder), index)
-        return index
+
+
+def _counts(statistics: FeatureStatistics, rows: int) -> FeatureCounts:
+    """The sums behind statistics over `rows`; rounding gives them back exactly below 2**52."""
+    return FeatureCounts(
+        nulls=round(statistics.null_share * rows),
+        total=round(statistics.mean_length * rows),
+        longest=statistics.max_length,
+        unknown=statistics.unknown,
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import zlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -11,7 +14,8 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from ..config import TablesConfig
-from .planner import sharders
+from ..errors import UserError
+from .planner import WITHIN_HOSTS, describe_plan, sharders
 from .tables import EmbeddingTables, TableSpec, initial_rows
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}
@@ -30,6 +34,29 @@ def attach_optimizer(tables: nn.Module, config: TablesConfig) -> None:
     apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), optimizer_arguments(config))
 
 
+def ranks_per_host(local_world_size: int, specs: list[TableSpec], device: torch.device) -> int:
+    """What all ranks plan with: the ranks of every host, 1 where hosts have unequally many. Collective.
+
+    Args:
+        local_world_size: ranks of this host.
+
+    Raises:
+        UserError: a table is to be cut within hosts, and hosts have unequally many ranks.
+    """
+    extremes = torch.tensor([local_world_size, -local_world_size], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    most, least = int(extremes[0]), -int(extremes[1])
+    if most == least:
+        return most
+    within = [f"{s.name}: {s.sharding}" for s in specs if s.sharding in WITHIN_HOSTS]
+    if within:
+        raise UserError(
+            f"hosts have {least} to {most} ranks, and {', '.join(within)} needs equally many on each: start as many "
+            "everywhere (--nproc-per-node), or choose another tables.sharding."
+        )
+    return 1
+
+
 def shard(
     tables: EmbeddingTables,
     specs: list[TableSpec],
@@ -38,7 +65,8 @@ def shard(
     device: torch.device,
     seed: int,
 ) -> DistributedModelParallel:
-    """Place `tables` (meta device) as planned and fill them with their layout-free start."""
+    """Place `tables` (meta device) as planned and fill them with their layout-free start. Collective."""
+    _check_same_plan(plan, device)
     sharded = DistributedModelParallel(
         module=tables,
         env=ShardingEnv.from_process_group(dist.GroupMember.WORLD),
@@ -56,6 +84,15 @@ def shard(
                 fresh = initial_rows(spec, config, seed, row, row + rows)
                 local.tensor.copy_(fresh[:, column : column + columns])
     return sharded
+
+
+def _check_same_plan(plan: ShardingPlan, device: torch.device) -> None:
+    """Raise where ranks hold different plans, for they would wait for each other forever."""
+    digest = zlib.crc32(json.dumps(describe_plan(plan), sort_keys=True).encode())
+    extremes = torch.tensor([digest, -digest], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if int(extremes[0]) != -int(extremes[1]):
+        raise RuntimeError(f"ranks hold different sharding plans; rank {dist.get_rank()} has {describe_plan(plan)}")
 
 
 def table_weights(sharded: DistributedModelParallel) -> dict[str, ShardedTensor]:

@@ -22,6 +22,8 @@ from ..errors import UserError
 from ..schema import Schema
 
 INIT_CHUNK_ROWS = 16384
+# TorchRec's `EmbeddingCollection` raises on the others.
+SEQUENCE_SHARDING_TYPES = ("table_wise", "column_wise", "row_wise")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> li
     """The tables that the used `features` need.
 
     Raises:
-        UserError: an override names no table, or tables of one `EmbeddingCollection` differ in width.
+        UserError: an override names no table, or tables of one `EmbeddingCollection` differ in width
+            or want a sharding type that it does not have.
     """
     sizes = schema.table_sizes()
     faults = check_names(list(sizes), list(config.overrides), "tables.overrides")
@@ -76,6 +79,13 @@ def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> li
             f"tables that histories read must have one width, got {sorted(widths)}: "
             + ", ".join(f"{s.name}={s.dim}" for s in specs if s.sequence)
         )
+    for spec in specs:
+        if spec.sequence and spec.sharding not in ("auto", *SEQUENCE_SHARDING_TYPES):
+            faults.append(
+                f"{spec.name}: a history reads this table, so its vectors are not pooled, and TorchRec has no "
+                f"{spec.sharding} for such tables: choose auto, {', '.join(SEQUENCE_SHARDING_TYPES)} in "
+                f"tables.overrides.{spec.name}.sharding"
+            )
     if faults:
         raise UserError("tables:\n" + "\n".join(f"  - {fault}" for fault in faults))
     return specs

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import DenseConfig, TextConfig
 
@@ -93,22 +93,3 @@ def make_engine(
         config=engine_config(dense, batch_rows, world_size),
     )
     return engine
-
-
-def full_parameters(engine) -> dict[str, Tensor]:
-    """Every dense parameter, whole and in fp32 on CPU, whatever the ZeRO stage. Collective."""
-    from deepspeed import zero
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    stage, module = engine.zero_optimization_stage(), engine.module
-    full = {}
-    for name, parameter in module.named_parameters():
-        value = safe_get_full_fp32_param(parameter) if parameter.requires_grad and stage > 0 else None
-        if value is None:
-            # Not trained, or not sharded; stage 3 cuts up even what is not trained.
-            with zero.GatheredParameters([parameter], enabled=stage == 3):
-                value = parameter.detach().clone()
-        full[name] = value.detach().float().cpu().clone()
-    for name in module.state_dict().keys() - full.keys():
-        full[name] = module.get_buffer(name).detach().cpu().clone()
-    return full

@@ -29,17 +29,17 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
     """
     quieten()
     found = checkpoint.find(run)
-    state = checkpoint.read_state(found)
     prepared = prepare(config)
     if split not in prepared.indexes:
         raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
     device = choose_device(config)
     with process_group(config, device) as process:
+        saved = checkpoint.read_state(found)
         stream = build_stream(prepared, split, process.rank, process.world_size)
         tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
-        checkpoint.load_tables(found, state, sharded)
+        checkpoint.load_tables(saved, sharded, with_optimizer=False)
         model = build_model(prepared, DistributedReduction())
-        checkpoint.load_dense(found, model)
+        checkpoint.load_dense(saved, model)
         model.to(device).eval()
         sharded.eval()
 
@@ -51,7 +51,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
 
         tasks = {task: spec.label for task, spec in model.tasks.items()}
         result = evaluate(prepared, tasks, stream, predict)
-        entry = {"split": split, "step": state["step"], **result}
+        entry = {"split": split, "step": saved.step, **result}
         if process.is_main:
             write_evaluation(run, entry)
     return entry

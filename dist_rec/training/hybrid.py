@@ -45,8 +45,10 @@ class _Pipeline(TrainPipelineSparseDist):
 class _BothOptimizers:
     """What the pipeline calls an optimizer: sets this step's learning rates, steps the engine."""
 
-    def __init__(self, tables: DistributedModelParallel, engine: Any, factor: Callable[[int], float]) -> None:
-        self.engine, self.factor, self.step_number = engine, factor, 0
+    def __init__(
+        self, tables: DistributedModelParallel, engine: Any, factor: Callable[[int], float], start: int
+    ) -> None:
+        self.engine, self.factor, self.step_number = engine, factor, start
         self.fused = tables.fused_optimizer
         self.groups = [(g, g["lr"]) for o in (self.fused, engine.optimizer) for g in o.param_groups]
 
@@ -71,6 +73,7 @@ class Hybrid:
         engine: the DeepSpeed engine around the dense model.
         device: of this rank.
         factor: learning rate factor by step.
+        start: steps that an earlier run has done.
     """
 
     def __init__(
@@ -80,9 +83,10 @@ class Hybrid:
         engine: Any,
         device: torch.device,
         factor: Callable[[int], float],
+        start: int = 0,
     ) -> None:
         self.tables, self.sharded, self.engine, self.device = tables, sharded, engine, device
-        self.optimizer = _BothOptimizers(sharded, engine, factor)
+        self.optimizer = _BothOptimizers(sharded, engine, factor, start)
         self.pipeline = _Pipeline(
             sharded, self.optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
         )
@@ -90,13 +94,13 @@ class Hybrid:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         output = self.engine(self.tables.vectors(self.sharded(batch), batch), batch)
-        return output["loss"], output
+        return output["loss"], {**output, "batch": batch}
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, Any] | None:
         """Train on the next batch; None when there is none.
 
         Returns:
-            The model's output: `loss`, `losses`, `logits`.
+            The model's output, `loss`, `losses`, `logits`, and the `batch` it is of.
         """
         self.sharded.train()
         self.engine.train()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..errors import UserError
+from ..launch import fresh_store
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Process:
     world_size: int
     local_world_size: int
     device: torch.device
+    timeout: datetime.timedelta
 
     @property
     def is_main(self) -> bool:
@@ -77,16 +79,22 @@ def process_group(config: Config, device: torch.device) -> Iterator[Process]:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=config.train.timeout_minutes)
+    store = fresh_store(timeout)
+    by_store = {"store": store, "rank": int(os.environ["RANK"]), "world_size": world_size()} if store else {}
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(minutes=config.train.timeout_minutes),
+        timeout=timeout,
+        **by_store,
         device_id=device if device.type == "cuda" else None,
     )
     yield Process(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())),
+        # Set, because TorchRec reads it too, with another default.
+        local_world_size=int(os.environ.setdefault("LOCAL_WORLD_SIZE", str(dist.get_world_size()))),
         device=device,
+        timeout=timeout,
     )
     # Not in a finally: after a fault, destroying the group waits for ranks that may never come.
     dist.barrier()

@@ -7,20 +7,23 @@ model and the sharded tables of a rank that has joined the others.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from ..config import Config, TablesConfig, check_names
+from ..config import Config, DataConfig, TablesConfig, check_names
 from ..data.index import Index, TokenizerInfo, read_index
-from ..data.order import Order
+from ..data.order import Order, temperature_weights
 from ..data.reader import ShardReader
+from ..data.remote import Retry
 from ..data.stream import Stream
-from ..embeddings.planner import make_plan
-from ..embeddings.sharding import attach_optimizer, shard
+from ..embeddings.planner import make_plan, plan_from_description
+from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
 from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
 from ..errors import UserError
 from ..layers.reduction import Reduction
@@ -49,6 +52,11 @@ class Prepared:
     def root(self, split: str) -> str:
         return getattr(self.config.data, split)
 
+    def reopen_store(self) -> None:
+        """See the text vectors that were added since."""
+        if self.store is not None:
+            self.store = VectorStore.open(self.config.text.store)
+
 
 def prepare(config: Config) -> Prepared:
     """Check everything that can be checked without other ranks.
@@ -67,7 +75,7 @@ def prepare(config: Config) -> Prepared:
 
     data = config.data
     roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
-    indexes = {split: attempt(read_index, root) for split, root in roots.items() if root is not None}
+    indexes = {split: attempt(read_index, root, retry_of(data)) for split, root in roots.items() if root is not None}
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
     if data.streams < world_size():
         faults.append(
@@ -166,34 +174,75 @@ def used_features(schema: Schema, config: Config) -> list[str]:
     return used
 
 
-def build_stream(prepared: Prepared, split: str, rank: int, world: int, training: bool = False) -> Stream:
-    """The stream of one split: mixed and shuffled as configured for training; else every row, in order."""
+def retry_of(data: DataConfig) -> Retry:
+    return Retry(data.retries, data.retry_seconds, data.timeout_seconds)
+
+
+def build_stream(prepared: Prepared, split: str, rank: int, world: int) -> Stream:
+    """Every row of a split once, in the index's order."""
     config, index = prepared.config, prepared.indexes[split]
-    data = config.data
-    batch_size = data.batch_size if training or not config.evaluate.batch_size else config.evaluate.batch_size
-    weights, domains = None, index.schema.domains.names
-    if training and (data.weights or data.domains):
-        chosen = data.domains or domains
-        if data.weights:
-            weights = [data.weights.get(d, 0.0) if d in chosen else 0.0 for d in domains]
-        else:
-            weights = [float(index.rows_of(d)) if d in chosen else 0.0 for d in domains]
+    order = Order(
+        index,
+        streams=config.data.streams,
+        batch_size=config.evaluate.batch_size or config.data.batch_size,
+        seed=config.run.seed,
+        arrangement="index",
+    )
+    return _stream(prepared, split, order, index, rank, world)
+
+
+def build_training_stream(
+    prepared: Prepared, rank: int, world: int, index: Index | None = None, every_row: bool = False
+) -> Stream:
+    """The training data, mixed and shuffled as configured.
+
+    Args:
+        index: what to read of it; all that was there when the run was prepared if None.
+        every_row: every row of the chosen domains once, whatever the weights.
+    """
+    data, index = prepared.config.data, index or prepared.indexes["train"]
     order = Order(
         index,
         streams=data.streams,
-        batch_size=batch_size,
-        window=data.shuffle_window if training else 0,
-        seed=config.run.seed,
-        weights=weights,
-        drop_last=data.drop_last and training,
+        batch_size=data.batch_size,
+        seed=prepared.config.run.seed,
+        window=data.shuffle_window,
+        arrangement=data.order,
+        weights=_weights(data, index, every_row),
+        drop_last=data.drop_last,
     )
+    return _stream(prepared, "train", order, index, rank, world)
+
+
+def _weights(data: DataConfig, index: Index, every_row: bool) -> list[float] | None:
+    """Weight of every domain of the schema; None takes every row once."""
+    domains = index.schema.domains.names
+    temperature = 1.0 if every_row else data.temperature
+    if not data.domains and temperature == 1 and (every_row or not data.weights):
+        return None
+    rows = {d: index.rows_of(d) for d in data.domains or domains}
+    if data.weights and not every_row:
+        return [data.weights.get(d, 0.0) if d in rows else 0.0 for d in domains]
+    return temperature_weights([rows.get(d, 0) for d in domains], temperature)
+
+
+def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: int, world: int) -> Stream:
+    config = prepared.config
     return Stream(
-        ShardReader(prepared.root(split), index, prepared.features, config.text.mode == "full"),
+        ShardReader(
+            prepared.root(split),
+            index,
+            prepared.features,
+            config.text.mode == "full",
+            damaged=config.data.damaged,
+            max_damaged_share=config.data.max_damaged_share,
+            retry=retry_of(config.data),
+        ),
         order,
         rank=rank,
         world_size=world,
         vectors=prepared.store.lookup if prepared.store else None,
-        read_ahead=data.read_ahead,
+        read_ahead=config.data.read_ahead,
     )
 
 
@@ -213,9 +262,12 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
 
 
 def build_tables(
-    prepared: Prepared, process: Process, batch_rows: int
+    prepared: Prepared, process: Process, batch_rows: int, planned: dict[str, Any] | None = None
 ) -> tuple[EmbeddingTables, DistributedModelParallel, ShardingPlan]:
     """Plan and place the tables. Collective.
+
+    Args:
+        planned: a plan as `describe_plan` told it, used again if it fits these ranks.
 
     Raises:
         UserError: no plan fits.
@@ -223,26 +275,23 @@ def build_tables(
     config, index = prepared.config, prepared.indexes["train"]
     tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, torch.device("meta"))
     attach_optimizer(tables, config.tables)
-    memory = torch.tensor(process.memory_bytes(), device=process.device)
-    torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)
-    plan = make_plan(
-        tables,
-        prepared.specs,
-        world_size=process.world_size,
-        local_world_size=process.local_world_size,
-        device=process.device,
-        batch_size=batch_rows,
-        pooling_factors={n: index.statistics[n].mean_length for n in prepared.features if n in index.statistics},
-        memory_bytes=int(memory),
-    )
+    local_world_size = ranks_per_host(process.local_world_size, prepared.specs, process.device)
+    ranks = {"world_size": process.world_size, "local_world_size": local_world_size, "device": process.device}
+    plan = None
+    if planned is not None:
+        # The same number of ranks on other hosts may need another plan.
+        with suppress(UserError):
+            plan = plan_from_description(planned, tables, **ranks)
+    if plan is None:
+        memory = torch.tensor(process.memory_bytes(), device=process.device)
+        torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)
+        lengths = {n: index.statistics[n].mean_length for n in prepared.features if n in index.statistics}
+        plan = make_plan(
+            tables,
+            prepared.specs,
+            batch_size=batch_rows,
+            pooling_factors=lengths,
+            memory_bytes=int(memory),
+            **ranks,
+        )
     return tables, shard(tables, prepared.specs, plan, config.tables, process.device, config.run.seed), plan
-
-
-def check_new_run(config: Config) -> None:
-    """Refuse to write over a run.
-
-    Raises:
-        UserError: the run folder holds a run already.
-    """
-    if (config.run_folder / "config.yaml").exists():
-        raise UserError(f"{config.run_folder} holds a run already: choose another --run.name, or remove that folder.")

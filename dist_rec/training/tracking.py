@@ -1,12 +1,16 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, and a progress line.
 
-Only rank 0 tracks; the other ranks hold a `NoTracker`, so that the loop has no `if`.
+Only rank 0 tracks; the other ranks hold a `NoTracker`, so that the loop has no `if`. What cannot be
+written (a full disk) is said once and does not end the run.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,11 @@ PLAIN_SECONDS = 5.0
 class NoTracker:
     """Tracks nothing."""
 
-    def step(self, step: int, losses: dict[str, float], rows_per_s: float) -> None: ...
+    def step(self, step: int, total: int, losses: dict[str, float], rows_per_s: float) -> None: ...
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None: ...
 
-    def data(self, summary: dict[str, dict[str, int]]) -> None: ...
+    def data(self, epoch: int, summary: dict[str, dict[str, int]]) -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -31,19 +35,27 @@ class NoTracker:
 
 
 class Tracker(NoTracker):
-    """Writes below `folder` and shows progress towards `total` steps.
+    """Writes below `folder` and shows progress.
 
     A terminal gets a live bar; anything else a line every few seconds.
+
+    Args:
+        start: steps that an earlier run has done; what it wrote beyond them is taken back, for
+            those steps are trained again.
     """
 
-    def __init__(self, folder: Path, total: int, console: Console | None = None) -> None:
+    def __init__(self, folder: Path, start: int = 0, console: Console | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = console or Console()
         self.started = self.last_said = time.monotonic()
-        self.total = total
-        self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.start = start
+        self.failed = False
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _cut(path, start)
+        self.lines = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self.progress = Progress(
             TextColumn("train"),
             BarColumn(),
@@ -56,37 +68,38 @@ class Tracker(NoTracker):
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.progress.add_task("train", total=total, loss=float("nan"), rate=0.0)
+        self.task = self.progress.add_task("train", completed=start, loss=float("nan"), rate=0.0)
         self.progress.start()
 
-    def step(self, step: int, losses: dict[str, float], rows_per_s: float) -> None:
-        """Record that `step` steps are done, the last with these losses of the global batch."""
+    def step(self, step: int, total: int, losses: dict[str, float], rows_per_s: float) -> None:
+        """Record that `step` steps of `total` are done, the last with these losses of the global batch."""
         now = time.monotonic()
         self._write({"step": step, "seconds": round(now - self.started, 3), "losses": losses, "rows_per_s": rows_per_s})
-        for name, value in losses.items():
-            self.board.add_scalar(f"loss/{name}", value, step)
-        self.board.add_scalar("rows_per_s", rows_per_s, step)
-        self.progress.update(self.task, completed=step, loss=losses["loss"], rate=rows_per_s)
-        if not self.console.is_terminal and (now - self.last_said >= PLAIN_SECONDS or step == self.total):
+        self._draw({f"loss/{name}": value for name, value in losses.items()} | {"rows_per_s": rows_per_s}, step)
+        self.progress.update(self.task, completed=step, total=total, loss=losses["loss"], rate=rows_per_s)
+        if not self.console.is_terminal and (now - self.last_said >= PLAIN_SECONDS or step == total):
             self.last_said = now
-            left = (now - self.started) / step * (self.total - step)
+            left = (now - self.started) / (step - self.start) * (total - step)
             self.console.print(
-                f"train {step}/{self.total}  loss {losses['loss']:.4f}  {rows_per_s:,.0f} rows/s  ETA {left:.0f} s",
+                f"train {step}/{total}  loss {losses['loss']:.4f}  {rows_per_s:,.0f} rows/s  ETA {left:.0f} s",
                 highlight=False,
             )
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None:
         """Record an evaluation's `overall` metrics and, on TensorBoard, each domain's."""
         self._write({"step": step, "evaluation": result["overall"]})
-        for scope, tasks in {"overall": result["overall"], **result["domains"]}.items():
-            for task, metrics in tasks.items():
-                for name, value in metrics.items():
-                    if value is not None:
-                        self.board.add_scalar(f"{scope}/{task}/{name}", value, step)
+        scalars = {
+            f"{scope}/{task}/{name}": value
+            for scope, tasks in {"overall": result["overall"], **result["domains"]}.items()
+            for task, metrics in tasks.items()
+            for name, value in metrics.items()
+            if value is not None
+        }
+        self._draw(scalars, step)
 
-    def data(self, summary: dict[str, dict[str, int]]) -> None:
+    def data(self, epoch: int, summary: dict[str, dict[str, int]]) -> None:
         """Record what an epoch reads of each domain; say where that is not every row once."""
-        self._write({"data": summary})
+        self._write({"epoch": epoch, "data": summary})
         for name, rows in summary.items():
             if rows["repeated"] or rows["left_out"]:
                 self.say(
@@ -99,8 +112,39 @@ class Tracker(NoTracker):
 
     def close(self) -> None:
         self.progress.stop()
-        self.lines.close()
-        self.board.close()
+        for file in (self.lines, self.board):
+            with self._surviving():
+                file.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self.lines.write(json.dumps({"time": time.time(), **entry}) + "\n")
+        with self._surviving():
+            self.lines.write(json.dumps({"time": time.time(), **entry}) + "\n")
+
+    def _draw(self, scalars: dict[str, float], step: int) -> None:
+        with self._surviving():
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                print(f"dist-rec: metrics cannot be written: {error}; training goes on without them.", file=sys.stderr)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Take back the lines of metrics.jsonl that are about later steps than `step`."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the process died writing it
+        if entry.get("step", 0) <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.rename(path)

@@ -1,0 +1,249 @@
+"""Rows that keep arriving → more shards of a data set that is there: what makes an append atomic.
+
+The rows go through the steps of a build, with the schema, vocabularies and tokenizer of the data set. The
+new tars get names of their own, and the last step renames an index into place that names the old
+shards and the new. So whoever reads by the old index is not disturbed, and a crash leaves the data
+set as it was, with files that the next append removes. One append at a time: a lock of the
+operating system, which ends with its process. Knows no command line and no model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import UserError
+from ..schema import Schema
+from ..text.paths import tokenizer_file
+from . import steps
+from .blocks import TEXT
+from .casts import literal
+from .index import INDEX_NAME, Index, TokenizerInfo, read_index, sync, write_index
+from .sources import Join, files_of
+from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
+from .writer import DatasetWriter
+
+log = logging.getLogger(__name__)
+LOCK_NAME = ".append.lock"
+STAGING_NAME = ".append"
+
+
+def append(
+    root: str,
+    sources: list[str],
+    *,
+    joins: list[Join] | tuple[Join, ...] = (),
+    history_from: list[str] | tuple[str, ...] = (),
+    tokenizer: str | None = None,
+    block_rows: int | None = None,
+    shard_rows: int | None = None,
+    workers: int | None = None,
+    memory_limit: str | None = None,
+) -> Index:
+    """Append rows to the data set at `root` as its next generation.
+
+    Values that the vocabularies do not know become row 0; a warning and the index's statistics count
+    them. texts.parquet gains the new texts.
+
+    Args:
+        root: local folder with index.json: a data set, or one split of it.
+        sources: globs of the new rows' tables, as for `build`.
+        joins: side tables.
+        history_from: globs of earlier tables: their rows are events of the new rows' histories, but
+            are not written. Without it, histories from events see the new rows alone.
+        tokenizer: folder of the tokenizer the data set was built with, if it lies elsewhere now.
+        block_rows, shard_rows: None is as the data set was built.
+        workers, memory_limit: see `build`.
+
+    Returns:
+        The new index, published.
+
+    Raises:
+        UserError: anything wrong with the input, or another append is running; nothing is appended then.
+    """
+    if "://" in root:
+        raise UserError(f"{root}: rows are appended to a local folder; append to the original, then copy what is new.")
+    folder = Path(root).absolute()
+    schema = read_index(str(folder)).schema
+    home = _home(folder, schema)
+    with _lock(home):
+        # Read again: an append that was running meanwhile has changed it.
+        index = read_index(str(folder))
+        published = (folder / INDEX_NAME).read_bytes()
+        default_block_rows, default_shard_rows = _sizes(index)
+        block_rows = block_rows or default_block_rows
+        shard_rows = shard_rows or max(default_shard_rows, block_rows)
+        workers = steps.check_sizes(block_rows, shard_rows, workers)
+        _check_histories(schema, sources, history_from)
+        token_file = _token_file(index.tokenizer, tokenizer, root)
+        staging = folder / STAGING_NAME
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            (work := staging / "work").mkdir()
+            (new,) = steps.run(
+                Input(schema, sources, tuple(joins), None, str(home / VOCABULARY_NAME), 0, tuple(history_from), False),
+                work=work,
+                texts=staging / TEXTS_NAME,
+                token_file=token_file,
+                max_tokens=index.tokenizer.max_length if index.tokenizer else 1,
+                block_rows=block_rows,
+                shard_rows=shard_rows,
+                workers=workers,
+                memory_limit=memory_limit,
+                prepared=lambda _, resolved: _check_schema(resolved, schema, home),
+                open_writer=lambda _, number: DatasetWriter(
+                    staging, index.split, schema, index.tokenizer, shard_rows, index
+                ),
+            )
+            (work := staging / "merge").mkdir()
+            with steps.engine(work, workers, memory_limit) as con:
+                texts = _all_texts(con, home / TEXTS_NAME, staging / TEXTS_NAME, staging / f"all-{TEXTS_NAME}")
+            if (folder / INDEX_NAME).read_bytes() != published:
+                raise UserError(f"{root} was changed by something else meanwhile: nothing was appended. Append again.")
+            _publish(folder, home, staging, new, texts)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return new
+
+
+def _home(folder: Path, schema: Schema) -> Path:
+    """Where the vocabularies and texts of a data set lie: in its folder, or in the one above its splits."""
+    tables = [feature for feature in schema.select(kinds=("id", "ids")).values() if feature.shares is None]
+    needed = any(feature.vocabulary.kind == "dictionary" for feature in tables)
+    for place in (folder, folder.parent):
+        if (place / VOCABULARY_NAME).is_dir() if needed else (place / TEXTS_NAME).is_file():
+            return place
+    if needed:
+        raise UserError(
+            f"{folder}: its vocabularies are missing, so new rows cannot be numbered as the old ones were. Restore "
+            f"{folder / VOCABULARY_NAME} or {folder.parent / VOCABULARY_NAME}, which the build wrote."
+        )
+    return folder
+
+
+@contextmanager
+def _lock(home: Path) -> Iterator[None]:
+    """Keep other appends away from the data sets in `home`, which share their texts."""
+    with open(home / LOCK_NAME, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"another append to {home} is running (process {file.read().strip() or 'unknown'}): nothing was "
+                "appended. Wait for it, then append again."
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _sizes(index: Index) -> tuple[int, int]:
+    """Rows of a block and of a shard that the data set was built with, as far as it shows them."""
+    blocks = [block.rows for shard in index.shards if len(shard.blocks) > 1 for block in shard.blocks]
+    first = [shard for shard in index.shards if shard.generation == 0]
+    domains = [shard.domain for shard in first]
+    shards = [shard.rows for shard in first if domains.count(shard.domain) > 1]
+    block_rows = max(blocks) if blocks else DEFAULT_BLOCK_ROWS
+    return block_rows, max(shards) if shards else DEFAULT_SHARD_ROWS
+
+
+def _check_histories(schema: Schema, sources: list[str], history_from: list[str] | tuple[str, ...]) -> None:
+    events = [name for name, feature in schema.features.items() if feature.events is not None]
+    if events and not history_from:
+        log.warning(
+            f"histories of the appended rows ({', '.join(events)}) begin empty: they see the appended rows alone. Name "
+            "the earlier tables with --history-from."
+        )
+    if history_from and not events:
+        log.warning("--history-from does nothing: the schema has no histories from events.")
+    new = {os.path.realpath(file) for pattern in sources for file in files_of(pattern)}
+    both = [file for pattern in history_from for file in files_of(pattern) if os.path.realpath(file) in new]
+    if both:
+        raise UserError(f"{both[0]} is given both as new rows and as history: its events would count twice.")
+
+
+def _token_file(info: TokenizerInfo | None, given: str | None, root: str) -> Path | None:
+    """tokenizer.json of the data set's tokenizer."""
+    if info is None:
+        if given is not None:
+            raise UserError(f"{root} has no token ids, so it takes no tokenizer: leave --tokenizer out.")
+        return None
+    try:
+        path = tokenizer_file(given or info.name)
+    except UserError as error:
+        raise UserError(
+            f"{root} was built with tokenizer {info.name}; name its folder with --tokenizer. {error}"
+        ) from None
+    found = steps.tokenizer_info(given or info.name, path, info.max_length)
+    if found.fingerprint != info.fingerprint:
+        raise UserError(
+            f"{root} was built with tokenizer {info.name}, and {path} is not the file that was used: name the folder "
+            "of that one with --tokenizer."
+        )
+    return path
+
+
+def _check_schema(resolved: Schema, schema: Schema, home: Path) -> None:
+    if resolved != schema:
+        raise UserError(
+            f"{home / VOCABULARY_NAME} has rows that the data set's index does not know, so it is not the vocabulary "
+            "that the data set was built with: restore that one."
+        )
+
+
+def _all_texts(con: duckdb.DuckDBPyConnection, old: Path, new: Path, out: Path) -> Path | None:
+    """Write the texts of both files to `out`, old ones first; None where there is nothing to publish."""
+    if not new.is_file():
+        return None
+    if not old.is_file():
+        log.warning(f"{old} is missing, so `dist-rec embed` will not find the texts of the appended rows.")
+        return None
+    tables = f"read_parquet({literal(str(new))}) n {{}} JOIN read_parquet({literal(str(old))}) o USING (key)"
+    twins = con.execute(f"SELECT n.text, o.text FROM {tables.format('')} WHERE n.text <> o.text LIMIT 1").fetchone()
+    if twins:
+        raise UserError(
+            f"two texts have the same 64-bit key, which names texts everywhere: {list(twins)!r}. Change the new one."
+        )
+    added = con.execute(f"SELECT key FROM {tables.format('ANTI')}").fetchnumpy()["key"]
+    if not len(added):
+        return None
+    with (
+        pq.ParquetWriter(out, pa.schema(list(TEXT))) as writer,
+        pq.ParquetFile(old) as before,
+        pq.ParquetFile(new) as now,
+    ):
+        for group in range(before.num_row_groups):
+            writer.write_table(before.read_row_group(group))
+        for group in range(now.num_row_groups):
+            table = now.read_row_group(group)
+            if (wanted := np.isin(table["key"].to_numpy(), added)).any():
+                writer.write_table(table.filter(pa.array(wanted)))
+    sync(out)
+    return out
+
+
+def _publish(folder: Path, home: Path, staging: Path, new: Index, texts: Path | None) -> None:
+    """Move the tars and texts into place, and then, at once, the index that needs them."""
+    for tar in staging.glob("*.tar"):
+        tar.rename(folder / tar.name)
+    # Of an append that was killed here: names of this generation that no index lists.
+    for stray in set(folder.glob(f"*.g{new.generation}.tar")) - {folder / shard.file for shard in new.shards}:
+        stray.unlink()
+    if texts is not None:
+        texts.rename(home / TEXTS_NAME)
+        sync(home)
+    sync(folder)
+    write_index(str(folder), new)

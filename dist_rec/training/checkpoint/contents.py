@@ -1,0 +1,138 @@
+"""What this rank writes of a model: the entries of its two files, and what the manifest says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from ...strict import to_dict
+from .boxes import Box
+from .dense import DenseState, mine
+from .manifest import DENSE, PARAMETER, TABLES, KindInfo, PieceInfo, TensorInfo, key_of
+from .tables import local_shards
+from .tensor_file import DTYPES, Entry, split
+
+
+@dataclass(frozen=True)
+class Source:
+    """A live tensor that is to be written as `dtype` under `key`."""
+
+    key: str
+    tensor: Tensor
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.tensor.numel() * self.dtype.itemsize
+
+    def entry(self, chunk_bytes: int, copied: bool) -> Entry:
+        """For the file: a copy in (pinned) host memory, or the tensor as it is when its turn comes.
+
+        A copy from a GPU is under way when this returns.
+        """
+        blocks = partial(_host_blocks, self.tensor, self.dtype, chunk_bytes)
+        if copied:
+            parts = split(self.tensor.detach(), self.dtype, chunk_bytes)
+            blocks = partial(_drained, [_copy(part, self.dtype) for part in parts])
+        return Entry(self.key, self.dtype, tuple(self.tensor.shape), blocks)
+
+
+def _host_blocks(tensor: Tensor, dtype: torch.dtype, chunk_bytes: int) -> Iterator[Tensor]:
+    for part in split(tensor.detach(), dtype, chunk_bytes):
+        yield part.to(dtype).cpu().contiguous()
+
+
+def _copy(part: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = torch.empty(part.shape, dtype=dtype, pin_memory=part.is_cuda)
+    return copy.copy_(part, non_blocking=True)
+
+
+def _drained(blocks: list[Tensor]) -> Iterator[Tensor]:
+    """`blocks` in order, each let go when it is written."""
+    blocks.reverse()
+    while blocks:
+        yield blocks.pop()
+
+
+@dataclass
+class Contents:
+    """One rank's part of a checkpoint.
+
+    Attributes:
+        sources: of each file, by its name in the checkpoint.
+        tensors: `tables` and `dense` as in the manifest, with this rank's pieces only.
+        dense_steps: steps that the dense optimizer has counted.
+    """
+
+    dense_steps: int
+    sources: dict[str, list[Source]] = field(default_factory=dict)
+    tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: {TABLES: {}, DENSE: {}})
+
+    def _sizes(self, only_gpu: bool) -> int:
+        found = [source for sources in self.sources.values() for source in sources]
+        return sum(source.bytes for source in found if source.tensor.is_cuda or not only_gpu)
+
+    @property
+    def bytes(self) -> int:
+        return self._sizes(only_gpu=False)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much of a copy is in pinned memory."""
+        return self._sizes(only_gpu=True)
+
+    def add(
+        self, group: str, name: str, shape: tuple[int, ...], box: Box, tensors: dict[str, tuple[Tensor, torch.dtype]]
+    ) -> None:
+        """One piece with all its kinds."""
+        file = f"{group}/rank-{dist.get_rank():05d}.safetensors"
+        kinds = {
+            kind: KindInfo(dtype=DTYPES[dtype], per_row=tensor.ndim < len(box.size))
+            for kind, (tensor, dtype) in tensors.items()
+        }
+        info = self.tensors[group].setdefault(
+            name, TensorInfo(shape=list(shape), flat=group == DENSE, kinds=kinds, pieces=[])
+        )
+        info.pieces.append(PieceInfo(file=file, offset=list(box.offset), size=list(box.size)))
+        sources = self.sources.setdefault(file, [])
+        sources += [Source(key_of(name, kind, box), tensor, dtype) for kind, (tensor, dtype) in tensors.items()]
+
+    def entries(self, chunk_bytes: int, copied: bool) -> dict[str, list[Entry]]:
+        """What each file gets; copies are complete when this returns."""
+        files = {
+            file: [source.entry(chunk_bytes, copied) for source in sources] for file, sources in self.sources.items()
+        }
+        if copied and self.pinned_bytes:
+            torch.cuda.synchronize()
+        return files
+
+    def described(self) -> dict[str, Any]:
+        """`tensors` and `dense_steps` as plain data."""
+        tensors = {group: {n: to_dict(i) for n, i in found.items()} for group, found in self.tensors.items()}
+        return {**tensors, "dense_steps": self.dense_steps}
+
+
+def contents_of(sharded: DistributedModelParallel, engine) -> Contents:
+    """This rank's part of the model as it is; reads no values yet. No collective."""
+    state = DenseState(engine)
+    contents = Contents(state.steps)
+    for shard in local_shards(sharded):
+        tensors = {kind: (tensor, tensor.dtype) for kind, tensor in shard.tensors.items()}
+        contents.add(TABLES, shard.table, shard.shape, shard.box, tensors)
+    for one in mine(state.ranges(), dist.get_rank(), dist.get_world_size()):
+        # Parameters in fp32 whatever the model's precision, so that any other can load them.
+        tensors = {k: (t, torch.float32 if k == PARAMETER else t.dtype) for k, t in one.tensors.items()}
+        contents.add(DENSE, one.name, one.shape, one.box, tensors)
+    if dist.get_rank() == 0:
+        for name, (shape, kinds) in state.layout().items():
+            if 0 in shape:
+                about = {kind: KindInfo(dtype="F32") for kind in kinds}
+                contents.tensors[DENSE][name] = TensorInfo(shape=list(shape), flat=True, kinds=about, pieces=[])
+    return contents

@@ -1,0 +1,189 @@
+"""Which passes over the data a run makes, and where it stands in them: a handful of integers.
+
+An epoch reads the shards of a range of *generations* (appended shards count up): all there are
+when it begins, or, after a watermark, only what came since. Order within an epoch is
+`data.order`'s affair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..config import TrainConfig
+from ..data.batch import Batch
+from ..data.index import Index
+from ..data.stream import Stream
+from ..errors import UserError
+from ..strict import strict, to_dict
+
+FROM_THE_START = -1
+
+
+@strict
+class Position:
+    """Where a run stands after `step` steps.
+
+    Attributes:
+        step: steps done.
+        epoch, epoch_step: the epoch in progress, and the steps of it done.
+        after, upto: the epoch reads generations after < g <= upto.
+        data: `fingerprint` of the data set up to `upto`.
+    """
+
+    step: int
+    epoch: int
+    epoch_step: int
+    after: int
+    upto: int
+    data: str
+
+
+def fingerprint(index: Index) -> str:
+    """SHA-256 of what decides which row has which number: schema, and shards in order."""
+    shards = [(s.file, s.domain, s.sha256, s.generation) for s in index.shards]
+    return hashlib.sha256(json.dumps([to_dict(index.schema), shards]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One epoch's reading; its step k is the run's step `first + k`.
+
+    `total` are the steps of the whole run as planned when the epoch begins; the schedule ends there.
+    `first_row` is the number, in the whole data set, of the first row that it reads.
+    """
+
+    epoch: int
+    after: int
+    upto: int
+    first: int
+    total: int
+    data: str
+    first_row: int
+    stream: Stream
+
+    @property
+    def end(self) -> int:
+        """Steps of the run when the epoch is through."""
+        return self.first + self.stream.steps
+
+    @property
+    def stop(self) -> int:
+        """Steps of the run when it leaves this pass."""
+        return min(self.end, self.total)
+
+    def rows(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> int:
+        """Rows, masked ones left out, that a rank gets in the run's steps start .. stop."""
+        order, k = self.stream.order, self.stream.order.per_stream
+        lengths = [order.stream_rows(s) for s in range(rank, order.streams, world_size)]
+        return sum(min(n, (stop - self.first) * k) - min(n, (start - self.first) * k) for n in lengths)
+
+
+class Passes:
+    """The passes of a run, opened one after the other as batches are asked for.
+
+    Batches are asked for ahead of training, so that the next pass may be open while the steps of
+    the last one are still being trained: everything here is asked by the step it is about.
+
+    Args:
+        config: epochs and steps.
+        newest: the data set's index as it is now. Collective: all ranks get the same.
+        open_stream: this rank's stream over an index; the second argument asks for every row once,
+            whatever the weights.
+        from_watermark: read only what was appended since `start`, and end.
+        start: where an earlier run stood.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        newest: Callable[[], Index],
+        open_stream: Callable[[Index, bool], Stream],
+        from_watermark: bool = False,
+        start: Position | None = None,
+    ) -> None:
+        self.config, self.newest, self.open_stream = config, newest, open_stream
+        self.from_watermark = from_watermark
+        self.start_step = start.step if start else 0
+        index = newest()
+        if start is None:
+            self.opened = [self._pass(0, FROM_THE_START, 0, index)]
+        else:
+            self.opened = [self._reopen(start, index)]
+            if start.step >= self.opened[0].stop:
+                self._open_next(index)
+
+    def _reopen(self, start: Position, index: Index) -> Pass:
+        known = index.between(FROM_THE_START, start.upto)
+        if fingerprint(known) != start.data:
+            raise UserError(
+                "the data set is not the one that the checkpoint was trained on: its schema or its shards up to "
+                f"generation {start.upto} differ. Restore it, or start a new run with --run.name."
+            )
+        return self._pass(start.epoch, start.after, start.step - start.epoch_step, known)
+
+    def _pass(self, epoch: int, after: int, first: int, index: Index) -> Pass:
+        """The pass over everything in `index` that is newer than generation `after`."""
+        read = index.between(after, index.generation)
+        stream = self.open_stream(read, after != FROM_THE_START)
+        if stream.steps < 1:
+            raise UserError(
+                f"an epoch of {read.rows:,} rows has no full batch: lower data.batch_size, or set data.drop_last: "
+                "false."
+            )
+        epochs = 1 if after != FROM_THE_START else max(self.config.epochs - epoch, 1)
+        total = first + stream.steps * epochs
+        if self.config.steps:
+            total = min(total, self.config.steps)
+        return Pass(epoch, after, index.generation, first, total, fingerprint(index), index.rows - read.rows, stream)
+
+    def _open_next(self, index: Index) -> bool:
+        """Open what follows the last opened pass, the data set being `index` now; False if nothing does."""
+        last = self.opened[-1]
+        if self.from_watermark:
+            after, more = last.upto, index.generation > last.upto
+        else:
+            after, more = FROM_THE_START, last.epoch + 1 < self.config.epochs
+        if not more or 0 < self.config.steps <= last.end:
+            return False
+        self.opened.append(self._pass(last.epoch + 1, after, last.end, index))
+        return True
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches from `start` to the end of the run."""
+        step = self.start_step
+        while True:
+            one = self.opened[-1]
+            yield from one.stream.batches(one.epoch, step - one.first, one.stop - one.first)
+            step = max(step, one.stop)
+            if not self._open_next(self.newest()):
+                return
+
+    def at(self, step: int) -> Pass:
+        """The pass in progress when `step` steps are done; at its very end the next one, if it is open."""
+        return next(one for one in reversed(self.opened) if one.first <= step or one is self.opened[0])
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train at the start."""
+        return self.start_step >= self.opened[-1].stop
+
+    def position(self, step: int) -> Position:
+        """Where the run stands when `step` steps are done."""
+        one = self.at(step)
+        return Position(
+            step=step,
+            epoch=one.epoch,
+            epoch_step=step - one.first,
+            after=one.after,
+            upto=one.upto,
+            data=one.data,
+        )
+
+    def rows_until(self, step: int) -> int:
+        """Rows over all ranks of the steps from `start` to `step`, masked ones left out."""
+        return sum(
+            one.rows(max(self.start_step, one.first), min(step, one.end)) for one in self.opened if one.first < step
+        )

@@ -1,0 +1,126 @@
+"""May a config go on from an earlier run, and would the result be the same to the bit?
+
+A changed key that would make the run another one (its order of rows, its parameters) is refused;
+any other is allowed and said. Reads configs and versions, no tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, load_config
+from ..errors import UserError
+from ..strict import to_dict
+
+FIXED = (
+    "run.seed",
+    "data.batch_size",
+    "data.streams",
+    "data.order",
+    "data.shuffle_window",
+    "data.domains",
+    "data.weights.*",
+    "data.temperature",
+    "data.drop_last",
+    "data.exclude_features",
+    "tables.dim",
+    "tables.optimizer",
+    "tables.pooling",
+    "tables.overrides.*.dim",
+    "text.mode",
+    "text.model",
+    "model.*",
+    "dense.optimizer",
+)
+# What changes neither rows, nor parameters, nor how they are computed.
+IDLE = (
+    "run.name",
+    "run.root",
+    "data.train",
+    "data.valid",
+    "data.test",
+    "data.from_watermark",
+    "data.read_ahead",
+    "data.damaged",
+    "data.max_damaged_share",
+    "data.retries",
+    "data.retry_seconds",
+    "data.timeout_seconds",
+    "text.store",
+    "train.*",
+    "checkpoint.*",
+    "evaluate.*",
+)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class Change:
+    """One config key that differs from the earlier run's."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def among(self, patterns: tuple[str, ...]) -> bool:
+        return any(fnmatch(self.key, pattern) or fnmatch(f"{self.key}.", pattern) for pattern in patterns)
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.now)}"
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Every key that differs between two resolved configs."""
+    old, new = _flat(before), _flat(now)
+    keys = sorted(old.keys() | new.keys())
+    return [Change(k, old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)]
+
+
+def find_earlier(config: Config) -> Path | None:
+    """The run folder if it holds a run that this config may go on with, None if it holds none.
+
+    Raises:
+        UserError: it holds a run of another config, or `train.resume` is `never`.
+    """
+    folder = config.run_folder
+    if not (folder / "config.yaml").exists():
+        return None
+    if config.train.resume == "never":
+        raise UserError(f"{folder} holds a run already: choose another --run.name, or remove that folder.")
+    differ = changes(to_dict(load_config(folder / "config.yaml")), to_dict(config))
+    refused = [change for change in differ if change.among(FIXED)]
+    if refused:
+        lines = "\n".join(f"  - {change}" for change in refused)
+        raise UserError(
+            f"{folder} holds a run that this config cannot go on with, for these keys make it another one:\n{lines}\n"
+            "Restore them, or choose another --run.name."
+        )
+    return folder
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], config: list[Change]) -> list[str]:
+    """What keeps a resumed run from being the uninterrupted one to the bit; empty if nothing does.
+
+    Args:
+        before, now: world size, thread count, versions and so on, by name.
+        config: what changed in the config.
+    """
+    said = [f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    return said + [str(change) for change in config if not change.among(IDLE)]
