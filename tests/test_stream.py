@@ -206,7 +206,7 @@ def test_rows_move_as_lists_do():
 def test_a_batch_is_cut_from_windows_with_each_text_once(most_rows):
     """Whether rows use few of the texts that are held or most; however windows come, go and grow."""
     draw = np.random.default_rng(1)
-    pool = TextPool(4)
+    pool = TextPool([0, 1, 0, 1])
     held = {}
     for _ in range(60):
         segment = int(draw.integers(4))
@@ -229,7 +229,7 @@ def test_a_batch_is_cut_from_windows_with_each_text_once(most_rows):
 
 def in_window(parts: list[Rows], schema: Schema) -> Rows:
     """All rows of `parts` through a window."""
-    n, pool = sum(map(len, parts)), TextPool(1)
+    n, pool = sum(map(len, parts)), TextPool([0])
     return cut([(Window(parts, np.arange(n), schema, pool, 0), 0, n)], pool)
 
 

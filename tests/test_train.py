@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import build_small, run_command, run_ranks
 from safetensors.torch import load_file
 
 from dist_rec.config import load_config
-from dist_rec.errors import UserError
 from dist_rec.training import checkpoint
-from dist_rec.training.trainer import train
 
 DOMAINS, TASKS = ("big", "middle", "tiny"), ("ctr", "relevance")
 SECONDS = 240
@@ -61,6 +58,7 @@ def test_a_run_folder_is_whole(runs):
         "tensorboard",
         "checkpoints",
         "evaluation.json",
+        "summary.json",
     }
     assert load_config(run / "config.yaml") == load_config(runs / "c.yaml")
     plan = json.loads((run / "plan.json").read_text())
@@ -141,9 +139,8 @@ def test_evaluate_on_any_number_of_ranks_gives_the_run_s_metrics(runs, ranks):
 
 def test_a_run_folder_is_never_written_over(runs):
     before = {path: path.stat().st_mtime_ns for path in (runs / "runs" / "first").rglob("*")}
-    with pytest.raises(UserError, match=r"runs/first holds a run already: choose another --run\.name"):
-        train(load_config(runs / "c.yaml"))
-    assert not torch.distributed.is_initialized()
+    done = run_command([sys.executable, "-m", "dist_rec", "train", str(runs / "c.yaml")], SECONDS)
+    assert done.returncode == 2 and "runs/first holds a finished run: choose another --run.name" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in (runs / "runs" / "first").rglob("*")} == before
 
 

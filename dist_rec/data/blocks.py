@@ -150,7 +150,9 @@ def _check_values(rows: Rows, schema: Schema, where: str) -> None:
     sizes = schema.table_sizes()
     for name, ids in rows.ids.items():
         size = sizes[schema.table_of(name)]
-        if len(ids.values) and (ids.values.min() < 0 or ids.values.max() >= size):
+        # As unsigned numbers, negative ones are the largest.
+        unsigned = ids.values.view(f"u{ids.values.itemsize}")
+        if len(unsigned) and unsigned.max() >= size:
             at = int(np.flatnonzero((ids.values < 0) | (ids.values >= size))[0])
             row = int(np.searchsorted(ids.offsets, at, side="right")) - 1
             raise UserError(

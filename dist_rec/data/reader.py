@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 from collections import OrderedDict
@@ -9,10 +10,11 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
+from webdataset.tariterators import tar_file_iterator
 
 from ..errors import UserError
 from .blocks import decode_block
-from .index import Index, join
+from .index import BlockInfo, Index, join
 from .prefetch import Prefetch
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 from .rows import Rows
@@ -99,6 +101,12 @@ class ShardReader:
                 "to it, and run again."
             ) from None
 
+    def _payload(self, member: bytes, block: BlockInfo, where: str) -> bytes:
+        """What WebDataset reads from a tar member, which it would also expand were it compressed."""
+        member_payload(member, block, where)
+        (sample,) = tar_file_iterator(io.BytesIO(member))
+        return sample["data"]
+
     def decode(self, number: int, member: bytes) -> Rows:
         """The rows in the tar member of a block.
 
@@ -108,7 +116,7 @@ class ShardReader:
         shard, block = self.places[number]
         where = self.where(number)
         rows = decode_block(
-            member_payload(member, block, where),
+            self._payload(member, block, where),
             self.index.schema,
             where,
             int(self.first_rows[number]),

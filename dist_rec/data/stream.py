@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -63,31 +64,39 @@ class _LogicalStream:
         """Get ready to read an epoch from row `start`."""
         self.epoch, self.window = epoch, -1
         self.before = self.order.windows(epoch, self.number)
-        self.edges = self.before.sum(axis=1)
+        self.edges: list[int] = self.before.sum(axis=1).tolist()
         self._expect(self._window_of(start))
 
     def take(self, start: int, stop: int) -> list[tuple[Window, int, int]]:
         """Rows start .. stop of this epoch, as slices of windows (see `window.cut`)."""
-        stop = min(stop, int(self.edges[-1]))
+        stop = min(stop, self.edges[-1])
         slices = []
         while start < stop:
             window = self._window_of(start)
             if window != self.window:
+                slices = self._set_aside(slices)
                 self._load(window)
-            first = int(self.edges[window])
-            end = min(stop, int(self.edges[window + 1]))
+            first, end = self.edges[window], min(stop, self.edges[window + 1])
             slices.append((self.held, start - first, end - first))
             start = end
         return slices
 
+    def _set_aside(self, slices: list[tuple[Window, int, int]]) -> list[tuple[Window, int, int]]:
+        """The same rows as a small window of their own, before a new window takes the place of their texts."""
+        if not slices:
+            return []
+        rows = cut(slices, self.pool)
+        aside = Window([rows], np.arange(len(rows)), self.blocks.reader.index.schema, self.pool, self.segment + 1)
+        return [(aside, 0, len(rows))]
+
     def _window_of(self, row: int) -> int:
-        return int(np.searchsorted(self.edges, row, side="right")) - 1
+        return bisect_right(self.edges, row) - 1
 
     def _load(self, window: int) -> None:
         pieces = self._expect(window)
         self.blocks.announce(self)
         self.held = None  # not two windows at a time
-        found = [self.blocks.rows(p.block).slice(p.start, p.stop) for p in pieces]
+        found = (self.blocks.rows(p.block).slice(p.start, p.stop) for p in pieces)
         counts = self.before[window + 1] - self.before[window]
         # Here and not batch by batch: one stream's window fits the processor's cache, all of them do not.
         arrangement = self.order.arrangement(self.epoch, self.number, window, counts)
@@ -133,8 +142,9 @@ class Stream:
         self.reader, self.order, self.vectors, self.read_ahead = reader, order, vectors, read_ahead
         mine = range(rank, order.streams, world_size)
         blocks = _Blocks(reader)
-        self.pool = TextPool(len(mine))
-        self.streams = [_LogicalStream(order, blocks, s, self.pool, i) for i, s in enumerate(mine)]
+        # Two segments a stream: its window's, and one for the end of the window before.
+        self.pool = TextPool([0, 1] * len(mine))
+        self.streams = [_LogicalStream(order, blocks, s, self.pool, 2 * i) for i, s in enumerate(mine)]
         blocks.streams = self.streams
         self.epoch: int | None = None
         self.batch_rows = -(-order.streams // world_size) * order.per_stream
@@ -156,7 +166,8 @@ class Stream:
         if not slices:
             # Past this rank's last row; any window has the columns.
             no_rows = np.zeros(0, np.int64)
-            held = self.streams[0].held or Window([self.reader.rows(0)], no_rows, schema, self.pool, 0)
+            some = self.reader.rows(0).slice(0, 0)
+            held = self.streams[0].held or Window([some], no_rows, schema, self.pool, 0)
             slices = [(held, 0, 0)]
         return make_batch(cut(slices, self.pool), schema, self.batch_rows, self.vectors)
 

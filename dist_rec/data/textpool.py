@@ -21,42 +21,44 @@ _TOKEN = np.dtype(np.int32)
 
 
 class TextPool:
-    """One table of texts in segments, one a stream; a segment's entries are numbered from `first[segment]`.
+    """One table of texts in segments; a segment's entries are numbered from `first[segment]`.
 
     Args:
-        segments: how many.
+        sizes: int `[segments]`; segments of one number are of about one size, and get the same room.
 
     Attributes:
-        first: int64 `[segments]`; changes when a segment grows.
+        first: int64 `[segments]`; changes when segments grow.
         keys: int64 `[size]`, content hashes; they may repeat.
     """
 
-    def __init__(self, segments: int) -> None:
-        self.texts = np.zeros(segments, np.int64)
-        self.room = np.zeros((segments, 2), np.int64)  # of texts, and of their tokens
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = np.array(sizes)
+        self.texts = np.zeros(len(sizes), np.int64)
+        self.used = np.zeros(len(sizes), np.int64)  # tokens of those texts
+        self.room = np.zeros((len(sizes), 2), np.int64)  # for texts, and for their tokens
         self.with_tokens = False
         self._lay_out()
 
-    def put(self, segment: int, parts: Sequence[Rows]) -> None:
-        """Fill a segment with the text tables of `parts`, one after another, in place of what it held."""
-        keys = np.concatenate([p.text_keys for p in parts])
-        self.with_tokens = parts[0].tokens is not None
-        tokens = [p.tokens for p in parts] if self.with_tokens else []
-        needed = np.array([len(keys), sum(len(t.values) for t in tokens)])
-        self.texts[segment] = 0
+    def clear(self, segment: int) -> None:
+        self.texts[segment] = self.used[segment] = 0
+
+    def append(self, segment: int, part: Rows) -> int:
+        """Add the text table of `part` to a segment; returns how many texts stood there before."""
+        before, tokens = int(self.texts[segment]), part.tokens
+        self.with_tokens = tokens is not None
+        count, size = len(part.text_keys), len(tokens.values) if self.with_tokens else 0
+        needed = np.array([before + count, self.used[segment] + size])
         if (needed > self.room[segment]).any():
             self._grow(segment, needed)
-        at, value = int(self.first[segment]), int(self.first_token[segment])
-        self.texts[segment] = len(keys)
-        self.keys[at : at + len(keys)] = keys
-        for part in tokens:
-            self.tokens[value : value + len(part.values)] = part.values
-            ends = self.starts[at + 1 : at + 1 + len(part)]
-            np.multiply(part.offsets[1:], _TOKEN.itemsize, out=ends)
-            ends += value * _TOKEN.itemsize
-            if part is tokens[0]:
-                self.starts[at] = value * _TOKEN.itemsize
-            at, value = at + len(part), value + len(part.values)
+        at, value = int(self.first[segment]) + before, int(self.first_token[segment] + self.used[segment])
+        self.keys[at : at + count] = part.text_keys
+        if self.with_tokens:
+            self.tokens[value : value + size] = tokens.values
+            starts = self.starts[at : at + count + 1]
+            np.multiply(tokens.offsets, _TOKEN.itemsize, out=starts)
+            starts += value * _TOKEN.itemsize
+        self.texts[segment], self.used[segment] = needed
+        return before
 
     def collect(self, uses: np.ndarray) -> tuple[np.ndarray, Ragged | None, np.ndarray]:
         """The distinct texts among entries `uses` (int64 `[u]`).
@@ -75,18 +77,19 @@ class TextPool:
         return Ragged.from_runs(self._runs.take(pa.array(entries)), _TOKEN)
 
     def _grow(self, segment: int, needed: np.ndarray) -> None:
-        """Lay everything out anew, with more room for a segment that holds nothing worth keeping."""
-        old = self.keys, self.starts, self.tokens, self.first.tolist(), self.first_token.tolist()
-        self.room[segment] = np.maximum(self.room[segment], np.ceil(needed * _ROOM))
+        """Lay everything out anew, with more room for this segment and those like it."""
+        keys, starts, tokens = self.keys, self.starts, self.tokens
+        places = zip(
+            self.first.tolist(), self.first_token.tolist(), self.texts.tolist(), self.used.tolist(), strict=True
+        )
+        alike = self.sizes == self.sizes[segment]
+        self.room[alike] = np.maximum(self.room[alike], np.ceil(needed * _ROOM).astype(np.int64))
         self._lay_out()
-        for other, (texts, at, value) in enumerate(zip(self.texts.tolist(), *old[3:], strict=True)):
-            if texts:
-                to, to_value = int(self.first[other]), int(self.first_token[other])
-                self.keys[to : to + texts] = old[0][at : at + texts]
-                bytes_moved = (to_value - value) * _TOKEN.itemsize
-                self.starts[to : to + texts + 1] = old[1][at : at + texts + 1] + bytes_moved
-                held = int(old[1][at + texts]) // _TOKEN.itemsize - value
-                self.tokens[to_value : to_value + held] = old[2][value : value + held]
+        for other, (at, value, count, size) in enumerate(places):
+            to, to_value = int(self.first[other]), int(self.first_token[other])
+            self.keys[to : to + count] = keys[at : at + count]
+            self.starts[to : to + count + 1] = starts[at : at + count + 1] + (to_value - value) * _TOKEN.itemsize
+            self.tokens[to_value : to_value + size] = tokens[value : value + size]
 
     def _lay_out(self) -> None:
         # One more in each segment, for the end of its last text.

@@ -6,7 +6,7 @@ once instead of column by column. Lists stay `Ragged`. Texts are in a `TextPool`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,16 @@ from .textpool import TextPool
 _NULL = -1
 
 
+# Room in a buffer of lists beyond what its first part leads to expect.
+_ROOM = 1.1
+
+
 class Window:
     """The rows of `parts`, one part after another, then taken in the order `arrangement`.
 
     Args:
-        parts: at least one, all with the same columns.
+        parts: at least one, all with the same columns; each is copied before the next is asked for, while it is in
+            the processor's cache.
         arrangement: int64 `[n]`, numbers of the rows.
         schema: tells features of one value from lists.
         pool, segment: where its texts go.
@@ -37,30 +42,64 @@ class Window:
     """
 
     def __init__(
-        self, parts: Sequence[Rows], arrangement: np.ndarray, schema: Schema, pool: TextPool, segment: int
+        self, parts: Iterable[Rows], arrangement: np.ndarray, schema: Schema, pool: TextPool, segment: int
     ) -> None:
-        self.segment = segment
-        pool.put(segment, parts)
-        rows = Rows.concat(parts)
-        columns: dict[tuple[str, str | None], np.ndarray] = {("domain", None): rows.domain, ("row", None): rows.row}
-        for attribute in ("dense", "labels", "keys"):
-            columns |= {(attribute, name): column for name, column in getattr(rows, attribute).items()}
-        self.features = {"ids": list(rows.ids), "texts": list(rows.texts)}
-        self.lists: dict[tuple[str, str], Ragged] = {}
-        for attribute, names in self.features.items():
-            for name in names:
-                column = getattr(rows, attribute)[name]
-                if schema.features[name].kind in ("id", "text"):
-                    columns[attribute, name] = column.first(_NULL)
-                else:
-                    self.lists[attribute, name] = column.take(arrangement)
-        self.places = list(columns)
-        kinds = [(str(i), column.dtype, column.shape[1:]) for i, column in enumerate(columns.values())]
-        records = np.empty(len(rows), np.dtype(kinds, align=True))
-        for field, column in zip(records.dtype.names, columns.values(), strict=True):
-            records[field] = column
-        self.dtype = records.dtype
-        self.records = np.take(records.view(np.uint8).reshape(len(rows), -1), arrangement, axis=0)
+        n, at, self.segment = len(arrangement), 0, segment
+        pool.clear(segment)
+        for part in parts:
+            shift = pool.append(segment, part)
+            columns, lists = _columns(part, schema, shift)
+            if not at:
+                self.features = {"ids": list(part.ids), "texts": list(part.texts)}
+                self.places = list(columns)
+                kinds = [(str(i), column.dtype, column.shape[1:]) for i, column in enumerate(columns.values())]
+                self.dtype = np.dtype(kinds, align=True)
+                records = np.empty(n, self.dtype)
+                growing = {place: _Growing(n, lists[place].values.dtype) for place in lists}
+            for name, column in zip(self.dtype.names, columns.values(), strict=True):
+                records[name][at : at + len(part)] = column
+            for place, column in lists.items():
+                growing[place].extend(column, at)
+            at += len(part)
+        self.lists = {place: lists.whole().take(arrangement) for place, lists in growing.items()}
+        self.records = np.take(records.view(np.uint8).reshape(n, self.dtype.itemsize), arrangement, axis=0)
+
+
+Place = tuple[str, str | None]
+
+
+def _columns(rows: Rows, schema: Schema, shift: int) -> tuple[dict[Place, np.ndarray], dict[Place, Ragged]]:
+    """Columns of one value a row, and lists; texts as entries of a segment where theirs begin at `shift`."""
+    columns: dict[Place, np.ndarray] = {("domain", None): rows.domain, ("row", None): rows.row}
+    for attribute in ("dense", "labels", "keys"):
+        columns |= {(attribute, name): column for name, column in getattr(rows, attribute).items()}
+    found = {("ids", name): column for name, column in rows.ids.items()}
+    found |= {("texts", n): Ragged(c.values.astype(np.int32) + shift, c.offsets) for n, c in rows.texts.items()}
+    single = {place: schema.features[place[1]].kind in ("id", "text") for place in found}
+    columns |= {place: column.first(_NULL) for place, column in found.items() if single[place]}
+    return columns, {place: column for place, column in found.items() if not single[place]}
+
+
+class _Growing:
+    """Lists for n rows, put together part by part."""
+
+    def __init__(self, rows: int, dtype: np.dtype) -> None:
+        self.values, self.used = np.empty(0, dtype), 0
+        self.offsets = np.zeros(rows + 1, np.int64)
+
+    def extend(self, part: Ragged, at: int) -> None:
+        """Add the lists of rows `at` and following."""
+        end, stop = self.used + len(part.values), at + len(part)
+        if end > len(self.values) and stop:
+            grown = np.empty(int(end / stop * (len(self.offsets) - 1) * _ROOM), self.values.dtype)
+            grown[: self.used] = self.values[: self.used]
+            self.values = grown
+        self.values[self.used : end] = part.values
+        np.add(part.offsets[1:], self.used, out=self.offsets[at + 1 : stop + 1])
+        self.used = end
+
+    def whole(self) -> Ragged:
+        return Ragged(self.values[: self.used], self.offsets)
 
 
 def cut(slices: Sequence[tuple[Window, int, int]], pool: TextPool) -> Rows:
@@ -68,7 +107,7 @@ def cut(slices: Sequence[tuple[Window, int, int]], pool: TextPool) -> Rows:
     first = slices[0][0]
     records = np.concatenate([window.records[start:stop] for window, start, stop in slices])
     records = records.view(first.dtype).reshape(-1)
-    columns: dict[tuple[str, str | None], Any] = {}
+    columns: dict[Place, Any] = {}
     for field, (attribute, name) in zip(first.dtype.names, first.places, strict=True):
         values = np.ascontiguousarray(records[field])
         single = attribute in first.features

@@ -34,6 +34,7 @@ class Agreement:
 
     def _ask_to_stop(self, *_) -> None:
         self.asked_to_stop = True
+        self.close()
 
     def begin(self, lost_rows: int) -> None:
         """Send this rank's wishes on their way, and how many rows it has left out so far."""
@@ -53,5 +54,5 @@ class Agreement:
             self.saved = time.monotonic()
 
     def close(self) -> None:
-        """Let SIGTERM end the process again."""
+        """Let SIGTERM end the process again, as a second one does at once."""
         signal.signal(signal.SIGTERM, self.previous)

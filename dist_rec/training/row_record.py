@@ -7,10 +7,10 @@ before again; `history` keeps of each step what its last attempt saw.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 class RowRecord:
@@ -24,9 +24,9 @@ class RowRecord:
         dist.broadcast_object_list(attempt)
         self.file = (folder / f"{attempt[0]:05d}-{dist.get_rank():05d}.jsonl").open("w", buffering=1)
 
-    def step(self, step: int, epoch: int, rows: Iterable[int]) -> None:
-        """Record that step number `step` (from 1) was trained on `rows` of `epoch`."""
-        self.file.write(json.dumps({"step": step, "epoch": epoch, "rows": list(rows)}) + "\n")
+    def step(self, step: int, epoch: int, rows: Tensor) -> None:
+        """Record that step number `step` (from 1) was trained on `rows`, int64 `[n]`, of `epoch`."""
+        self.file.write(json.dumps({"step": step, "epoch": epoch, "rows": rows.tolist()}) + "\n")
 
     def close(self) -> None:
         self.file.close()
@@ -35,7 +35,7 @@ class RowRecord:
 class NoRecord:
     """Records nothing."""
 
-    def step(self, step: int, epoch: int, rows: Iterable[int]) -> None: ...
+    def step(self, step: int, epoch: int, rows: Tensor) -> None: ...
 
     def close(self) -> None: ...
 

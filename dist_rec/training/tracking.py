@@ -20,6 +20,34 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_SECONDS = 5.0
 
 
+class Stopwatch:
+    """Seconds of training alone, and rows per second from lap to lap."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.rows = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def lap(self, rows: int) -> float:
+        """Rows per second since the last lap, `rows` being those since the start."""
+        now = time.monotonic()
+        rate = (rows - self.rows) / (now - self.last)
+        self.last, self.rows = now, rows
+        return rate
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave out what happens inside."""
+        before = time.monotonic()
+        yield
+        away = time.monotonic() - before
+        self.started += away
+        self.last += away
+
+
 class NoTracker:
     """Tracks nothing."""
 

@@ -33,7 +33,7 @@ from .resume import changes, differences, find_earlier
 from .row_record import NoRecord, RowRecord
 from .setup import Prepared, build_model, build_stream, build_tables, build_training_stream, prepare
 from .summary import Summary
-from .tracking import NoTracker, Tracker
+from .tracking import NoTracker, Stopwatch, Tracker
 
 
 def quieten() -> None:
@@ -106,38 +106,43 @@ class Trainer:
         Raises:
             Stopped: a rank was told to stop; what was done is saved.
         """
-        config, batches = self.config, self.passes.batches()
+        config = self.config
         agreement = Agreement(config.checkpoint, self.process.timeout)
         record = RowRecord(config.run_folder / "rows") if config.train.record_rows else NoRecord()
-        started = last = time.monotonic()
-        evaluating, last_step, begun = 0.0, self.step, None
+        watch = Stopwatch()
+        try:
+            self._train(tracker, agreement, record, watch)
+        finally:
+            agreement.close()
+            record.close()
+        rows, seconds = self.passes.rows_until(self.step), watch.seconds
+        return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(rows / seconds, 1)}
+
+    def _train(self, tracker: NoTracker, agreement: Agreement, record: RowRecord | NoRecord, watch: Stopwatch) -> None:
+        config, batches = self.config, self.passes.batches()
+        begun = None
         while not self.passes.finished:
             agreement.begin(self.summary.lost_rows)
             seed_step(config.run.seed, self.step, self.process.rank)
             output = self.hybrid.train_step(batches)
             agreement.end(self.step + 1)
             if output is None:
-                break
+                return
             one = self.passes.at(self.step)
             self.step += 1
             if one is not begun:
                 begun = one
                 self.summary.begin(one)
                 tracker.data(one.epoch, one.stream.order.summary())
-            rows = output["batch"].row[output["batch"].valid].tolist()
-            record.step(self.step, one.epoch, (one.first_row + row for row in rows))
+            rows = output["batch"].row[output["batch"].valid]
+            record.step(self.step, one.epoch, rows + one.first_row)
             self.summary.count(one, self.step, len(rows))
             self._check_lost(one, agreement.lost_rows)
-            if self.step % config.train.log_every == 0 or self.step == one.total:
-                losses = {name: float(value) for name, value in output["losses"].items()}
-                now = time.monotonic()
-                rate = (self.passes.rows_until(self.step) - self.passes.rows_until(last_step)) / (now - last)
-                last, last_step = now, self.step
-                if not all(value == value for value in losses.values()):
-                    raise UserError(
-                        f"the loss is not a number at step {self.step}: {losses}. Lower the learning rates "
-                        "(dense.learning_rate, tables.learning_rate)."
-                    )
+            is_told = self.step % config.train.log_every == 0 or self.step == one.total
+            if is_told or agreement.save:
+                losses = self._losses(output)
+            if is_told:
+                rate = watch.lap(self.passes.rows_until(self.step))
                 tracker.step(self.step, one.total, losses, round(rate, 1))
             if agreement.save:
                 self.save()
@@ -149,15 +154,17 @@ class Trainer:
                 )
             every = config.train.evaluate_every
             if every and self.step % every == 0 and self.step < one.total and "valid" in self.prepared.indexes:
-                before = time.monotonic()
-                tracker.evaluation(self.step, self.evaluate("valid"))
-                evaluating += time.monotonic() - before
-                last, last_step = time.monotonic(), self.step
-        agreement.close()
-        record.close()
-        seconds = time.monotonic() - started - evaluating
-        rows = self.passes.rows_until(self.step)
-        return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(rows / seconds, 1)}
+                with watch.pause():
+                    tracker.evaluation(self.step, self.evaluate("valid"))
+
+    def _losses(self, output: dict[str, Any]) -> dict[str, float]:
+        losses = {name: float(value) for name, value in output["losses"].items()}
+        if not all(value == value for value in losses.values()):
+            raise UserError(
+                f"the loss is not a number at step {self.step}: {losses}. Lower the learning rates "
+                "(dense.learning_rate, tables.learning_rate)."
+            )
+        return losses
 
     def _check_lost(self, one: Pass, lost_rows: int) -> None:
         """Refuse to go on when the ranks together have left out more than the config allows."""

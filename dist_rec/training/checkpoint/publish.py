@@ -82,6 +82,10 @@ class Publisher(threading.Thread):
     def final(self) -> Path:
         return self.folder / name_of(self.about["step"])
 
+    @property
+    def token(self) -> str:
+        return self.partial.name.rpartition("-")[2]
+
     def tell(self, results: list[dict[str, Any]]) -> None:
         """All ranks' results, from a collective of the training thread: no need to wait for files any more."""
         self._results = results
@@ -92,9 +96,8 @@ class Publisher(threading.Thread):
             results = self._collect()
             if self.fault is None:
                 self._publish(results)
-        except OSError as error:
-            self._fail(f"rank 0: {error}")
-        except UserError as error:
+                self._retain()
+        except (OSError, UserError) as error:
             self._fail(f"rank 0: {error}")
         except Exception as error:
             traceback.print_exception(error)
@@ -161,17 +164,18 @@ class Publisher(threading.Thread):
             result_path(self.partial, rank).unlink(missing_ok=True)
         for folder in (*{(self.partial / name).parent for name in manifest.files}, self.partial):
             _fsync_folder(folder)
-        token = self.partial.name.rpartition("-")[2]
         if self.final.exists():
-            remove(self.final, token)
+            remove(self.final, self.token)
         self.partial.rename(self.final)
         write_text(self.folder / LATEST, self.final.name + "\n")
         _fsync_folder(self.folder)
-        self._retain(token)
 
-    def _retain(self, token: str) -> None:
+    def _retain(self) -> None:
         """Keep the newest; what is newer still was left by a run that went on from an earlier step."""
         found = checkpoints(self.folder)
         newest = found.index(self.final)
         for path in found[:newest] + found[newest + self.keep :]:
-            remove(path, token)
+            try:
+                remove(path, self.token)
+            except OSError as error:
+                print(f"dist-rec: the old checkpoint {path} could not be removed: {error}", file=sys.stderr, flush=True)

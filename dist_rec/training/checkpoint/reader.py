@@ -19,6 +19,8 @@ from .manifest import Manifest, TensorInfo, key_of, parse_manifest
 
 # How much is read at once into a tensor that is there already.
 READ_BYTES = 64 << 20
+# Far below the number of files that a process may have open, as there may be a thousand ranks' files.
+MOST_OPEN_FILES = 64
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Saved:
 
     def _file(self, name: str) -> Any:
         if name not in self._open:
+            if len(self._open) >= MOST_OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
             try:
                 self._open[name] = safe_open(self.folder / name, framework="pt")
             except (OSError, SafetensorError) as error:
