@@ -118,7 +118,16 @@ def test_the_verb_prints_what_was_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     ratios = {"ratio_vs_webdataset_json", "ratio_vs_mds", "ratio_vs_parquet", "share_of_raw_read", "validated_share"}
-    assert found.keys() == ratios | {"rows", "repeats", "batch_size", "window", "threads", "rows_per_s", "readers"}
+    assert found.keys() == ratios | {
+        "rows",
+        "repeats",
+        "batch_size",
+        "window",
+        "block_rows",
+        "threads",
+        "rows_per_s",
+        "readers",
+    }
     assert all(found[name] > 0 for name in ratios)
     assert (found["rows"], found["repeats"], found["batch_size"], found["window"]) == (4000, 2, 128, 1024)
     read = {"ours": 4000, "unvalidated": 4000, "json": 125, "mds": 250, "parquet": 4000, "raw": 4000}

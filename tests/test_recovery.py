@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import build_small, kill_family, run_command, small_table, start
+from http_server import serve
 
 from dist_rec.bench.crash import crash
 from dist_rec.config import load_config
@@ -151,6 +152,16 @@ def test_a_quarantined_block_is_left_out_and_told(tmp_path):
     assert told["blocks"][0]["shard"] == shard.file and "checksum" in told["blocks"][0]["reason"]
     few = train(config, "--run.name", "few", "--data.max_damaged_share", 0.01, ranks=2, code=2).stderr
     assert "data.max_damaged_share" in few
+
+
+def test_a_run_from_a_misbehaving_server_is_the_run_from_disk(small, tmp_path):
+    config = write_config(tmp_path, small, data={"retry_seconds": 0.01})
+    train(config, "--train.epochs", 1, ranks=2)
+    with serve(small) as server:
+        server.faults.extend([500, "drop", "short", 503, "corrupt"])
+        train(config, "--train.epochs", 1, "--run.name", "far", "--data.train", server.url, ranks=2)
+        assert not server.faults and server.tars() > 10
+    assert losses(tmp_path / "runs" / "far") == losses(tmp_path / "runs" / "run")
 
 
 def test_sigterm_to_one_rank_s_job_saves_and_ends(small, tmp_path):

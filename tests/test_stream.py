@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import build_small, rewrite_block, with_value
+from test_order import Case
 from tokenizers import Tokenizer
 from toy_shards import TOKENIZER, schema, values
 
@@ -181,7 +182,8 @@ ROWS_SCHEMA = schema(
         "d": {"role": "item", "kind": "dense", "width": 2},
         "t": {"role": "item", "kind": "text"},
         "u": {"role": "history", "kind": "texts"},
-    }
+    },
+    keys={"user": "b"},
 )
 
 
@@ -326,6 +328,20 @@ def test_a_block_of_other_rows_than_the_index_says_is_refused(copied):
     rewrite_block(copied, 2, lambda batch: batch.select(batch.schema.names[1:]))
     with pytest.raises(UserError, match="its columns are not those of the index's schema"):
         reader(copied).rows(2)
+
+
+def test_skipping_ahead_reads_no_block_before_its_place():
+    """Late in a big epoch, a batch costs the blocks of the windows that it lies in, as at the beginning."""
+    case = Case(((100,) * 2000, (100,) * 500, (70,) * 40), streams=8, per_stream=16, window=4096)
+    blocks, read = sum(map(len, case.blocks)), []
+    for share in (0.0, 0.9):
+        stream = case.rank()
+        numbers, rows = [], stream.reader.rows
+        stream.reader.rows = lambda number, numbers=numbers, rows=rows: numbers.append(number) or rows(number)
+        stream.batch(0, int(share * stream.steps))
+        read.append(len(numbers))
+    window = read[0]
+    assert 8 * (4096 // 8) // 100 <= window < blocks / 20 and abs(read[1] - window) <= window
 
 
 def readers() -> list[threading.Thread]:

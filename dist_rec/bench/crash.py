@@ -19,19 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
-from ..data.build import build
 from ..data.index import read_index
 from ..launch import STOPPED
-from ..schema import Schema
-from ..strict import from_dict
 from ..training import checkpoint
 from ..training.row_record import history
+from .tiny import invent
 
 KINDS = {
     "rank": "SIGKILL of one rank; the agent starts all again",
@@ -48,41 +43,12 @@ BATCH_ROWS = 60
 # Of the largest file that ranks under "disk full" can write: more than the row record, less than a table.
 FULL_BYTES = 1 << 20
 PATIENCE_SECONDS = 240.0
-SCHEMA = {
-    "name": "crash",
-    "domains": {"names": ["large", "small"]},
-    "features": {
-        # With the width of write_config, every rank's file of tables is more than FULL_BYTES.
-        "user_id": {"role": "user", "kind": "id", "vocabulary": {"kind": "integer", "size": 60_000}},
-        "history": {"role": "history", "kind": "ids", "shares": "item_id", "max_length": 8},
-        "item_id": {"role": "item", "kind": "id"},
-        "price": {"role": "item", "kind": "dense"},
-    },
-    "labels": {"ctr": {}},
-}
+# With the width of write_config, every rank's file of tables is more than FULL_BYTES.
+USERS = 60_000
 
 
 class Failure(Exception):
     """The job did not do what it must; the message says what was seen."""
-
-
-def invent(folder: Path, rows: int, seed: int) -> str:
-    """A data set of two domains below `folder`; returns its root."""
-    draw = np.random.default_rng(seed)
-    table = pa.table(
-        {
-            "domain": np.where(draw.random(rows) < 0.8, "large", "small"),
-            "user_id": draw.integers(0, 60_000, rows),
-            "history": pa.array([draw.integers(0, 500, draw.integers(0, 8)).tolist() for _ in range(rows)]),
-            "item_id": draw.integers(0, 500, rows),
-            "price": draw.random(rows).astype(np.float32),
-            "ctr": draw.integers(0, 2, rows).astype(np.float32),
-        }
-    )
-    pq.write_table(table, folder / "raw.parquet")
-    schema = from_dict(Schema, SCHEMA | {"keys": {"user": "user_id"}}, "crash")
-    build(schema, [str(folder / "raw.parquet")], str(folder / "data"), block_rows=64, shard_rows=128, workers=1)
-    return str(folder / "data")
 
 
 def write_config(folder: Path, data: str, epochs: int, seed: int) -> Path:
@@ -265,7 +231,7 @@ def crash(strokes: int, *, seed: int = 0, ranks: int = 2, kinds: list[str] | Non
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dist-rec-crash-") as name:
         folder = Path(name)
-        data = invent(folder, rows, seed)
+        data = invent(folder, rows, seed, USERS)
         config = write_config(folder, data, epochs, seed)
         peace, struck = (Job(config, name, ranks, restarts=strokes) for name in ("peace", "struck"))
         try:

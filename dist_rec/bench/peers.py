@@ -63,7 +63,6 @@ def to_batch(
     n = len(row)
     keys, firsts, uses = np.unique(title_key, return_index=True, return_inverse=True)
     each = np.arange(n + 1)
-    unknown = np.full(n, -1, np.int64)
     rows = Rows(
         domain=domain.astype(np.int64, copy=False),
         row=row,
@@ -73,7 +72,7 @@ def to_batch(
         text_keys=keys,
         tokens=Ragged.from_lengths(title[firsts].reshape(-1), np.full(len(keys), TOKENS)),
         labels={"click": click, "rating": rating},
-        keys={"user": user.astype(np.int64), "query": unknown, "time": unknown},
+        keys={"user": user.astype(np.int64)},
     )
     return make_batch(rows, SCHEMA, n)
 

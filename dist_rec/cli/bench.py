@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Json, Ranks, print_json
+from .common import Json, Ranks, is_main, launch_if_asked, print_json
 
 app = typer.Typer(help="The measurements that the documents quote.", no_args_is_help=True)
 
@@ -67,3 +67,22 @@ def bench_stream(
     summary = bench_stream(rows, repeats, batch_size, window, folder)
     print_summary(summary)
     print_json(as_json, summary)
+
+
+@app.command("checkpoint")
+def bench_checkpoint(
+    users: Annotated[int, typer.Option(help="Rows of the large table, 260 bytes each.")] = 4_000_000,
+    repeats: Annotated[int, typer.Option(help="Saves of each kind; medians are told.")] = 3,
+    folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """How long saving stops training, and how fast checkpoints are written, verified and loaded."""
+    launch_if_asked(nproc_per_node)
+    from ..bench.checkpoint import bench_checkpoint
+
+    result = bench_checkpoint(users, repeats, folder)
+    if is_main():
+        for name, value in result.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+        print_json(as_json, result)

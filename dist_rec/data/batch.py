@@ -108,7 +108,7 @@ def make_batch(
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
     )
-    keys = rows.text_keys
+    keys, unknown = rows.text_keys, np.full(n, -1, np.int64)
     tokens, mask = _padded_tokens(rows.tokens, len(keys))
     labels, valid = {}, {}
     for name in schema.labels:
@@ -128,8 +128,8 @@ def make_batch(
         domain=_padded(np.where(present, rows.domain, 0), size, 0),
         valid=_padded(present, size, False),
         row=_padded(rows.row, size, -1),
-        user=_padded(rows.keys["user"], size, -1),
-        query=_padded(rows.keys["query"], size, -1),
+        user=_padded(rows.keys.get("user", unknown), size, -1),
+        query=_padded(rows.keys.get("query", unknown), size, -1),
     )
 
 

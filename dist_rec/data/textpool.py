@@ -15,8 +15,8 @@ from .rows import Ragged, Rows
 
 # Room that a segment gets beyond what it was asked for, so that windows of about one size stay in place.
 _ROOM = 1.25
-# Fewer uses than this share of the table are looked up one by one, without a pass over the table.
-_FEW = 0.25
+# More uses than this share of the table are marked in it before they are sorted.
+_MANY = 0.25
 _TOKEN = np.dtype(np.int32)
 
 
@@ -42,14 +42,21 @@ class TextPool:
     def clear(self, segment: int) -> None:
         self.texts[segment] = self.used[segment] = 0
 
-    def append(self, segment: int, part: Rows) -> int:
-        """Add the text table of `part` to a segment; returns how many texts stood there before."""
+    def append(self, segment: int, part: Rows, share: float) -> int:
+        """Add the text table of `part` to a segment.
+
+        Args:
+            share: of what the segment will hold, this part included.
+
+        Returns:
+            How many texts stood there before.
+        """
         before, tokens = int(self.texts[segment]), part.tokens
         self.with_tokens = tokens is not None
         count, size = len(part.text_keys), len(tokens.values) if self.with_tokens else 0
         needed = np.array([before + count, self.used[segment] + size])
         if (needed > self.room[segment]).any():
-            self._grow(segment, needed)
+            self._grow(segment, needed / share)
         at, value = int(self.first[segment]) + before, int(self.first_token[segment] + self.used[segment])
         self.keys[at : at + count] = part.text_keys
         if self.with_tokens:
@@ -60,16 +67,24 @@ class TextPool:
         self.texts[segment], self.used[segment] = needed
         return before
 
-    def collect(self, uses: np.ndarray) -> tuple[np.ndarray, Ragged | None, np.ndarray]:
-        """The distinct texts among entries `uses` (int64 `[u]`).
+    def collect(self, uses: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, Ragged | None, np.ndarray]:
+        """The distinct texts among entries `uses` (int64 `[u]`), whose keys are `keys` (int64 `[u]`).
 
         Returns:
             Their keys, int64 `[t]`, sorted; their tokens, if there are tokens; which of them each use
             is, int64 `[u]`.
         """
-        entries, numbers = _entries(uses, len(self.keys))
-        keys, firsts, merged = np.unique(self.keys[entries], return_index=True, return_inverse=True)
-        return keys, self._take(entries[firsts]) if self.with_tokens else None, merged[numbers]
+        numbers: np.ndarray | slice = slice(None)
+        if len(uses) > _MANY * len(self.keys):
+            # Sorting so many keys would cost more than a pass over the table.
+            used = np.zeros(len(self.keys), bool)
+            used[uses] = True
+            entries = np.flatnonzero(used)
+            places = np.empty(len(used), np.int64)
+            places[entries] = np.arange(len(entries))
+            uses, keys, numbers = entries, self.keys[entries], places[uses]
+        distinct, firsts, merged = np.unique(keys, return_index=True, return_inverse=True)
+        return distinct, self._take(uses[firsts]) if self.with_tokens else None, merged[numbers]
 
     def _take(self, entries: np.ndarray) -> Ragged:
         if not len(entries):
@@ -100,15 +115,3 @@ class TextPool:
         self.tokens = np.zeros(tokens, _TOKEN)
         buffers = [None, pa.py_buffer(self.starts), pa.py_buffer(self.tokens)]
         self._runs = pa.LargeBinaryArray.from_buffers(pa.large_binary(), int(size), buffers)
-
-
-def _entries(uses: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray | slice]:
-    """Entries of a table of `size` that `uses` name, int64 `[e]`, and which of them each use means."""
-    if len(uses) < _FEW * size:
-        return uses, slice(None)
-    used = np.zeros(size, bool)
-    used[uses] = True
-    entries = np.flatnonzero(used)
-    numbers = np.empty(size, np.int64)
-    numbers[entries] = np.arange(len(entries))
-    return entries, numbers[uses]

@@ -15,6 +15,9 @@ from ..schema import Schema
 from .rows import Ragged, Rows
 from .textpool import TextPool
 
+_NOTHING = np.zeros(0, np.int64)
+# Keys of texts among the columns of a window.
+_KEYS = "text_keys"
 # Stands for a null among ids and texts, which are never negative.
 _NULL = -1
 
@@ -34,7 +37,7 @@ class Window:
         pool, segment: where its texts go.
 
     Attributes:
-        places: (attribute of `Rows`, key in it or None) of each field of the records.
+        places: (attribute of `Rows`, key in it or None) of each field of the records; a text has one for its key, too.
         dtype: of the records.
         records: uint8 `[n, dtype.itemsize]`. A structured array itself is copied ten times slower.
         lists: (`ids` or `texts`, feature) -> lists of ids, or of texts as entries of the segment.
@@ -47,7 +50,7 @@ class Window:
         n, at, self.segment = len(arrangement), 0, segment
         pool.clear(segment)
         for part in parts:
-            shift = pool.append(segment, part)
+            shift = pool.append(segment, part, (at + len(part)) / n if n else 1.0)
             columns, lists = _columns(part, schema, shift)
             if not at:
                 self.features = {"ids": list(part.ids), "texts": list(part.texts)}
@@ -71,12 +74,19 @@ Place = tuple[str, str | None]
 def _columns(rows: Rows, schema: Schema, shift: int) -> tuple[dict[Place, np.ndarray], dict[Place, Ragged]]:
     """Columns of one value a row, and lists; texts as entries of a segment where theirs begin at `shift`."""
     columns: dict[Place, np.ndarray] = {("domain", None): rows.domain, ("row", None): rows.row}
-    for attribute in ("dense", "labels", "keys"):
-        columns |= {(attribute, name): column for name, column in getattr(rows, attribute).items()}
+    columns |= {("dense", name): column for name, column in rows.dense.items()}
+    columns |= {("labels", name): column for name, column in rows.labels.items()}
+    # Keys that no row has would cost as much as any column.
+    columns |= {("keys", name): column for name, column in rows.keys.items() if getattr(schema.keys, name)}
     found = {("ids", name): column for name, column in rows.ids.items()}
     found |= {("texts", n): Ragged(c.values.astype(np.int32) + shift, c.offsets) for n, c in rows.texts.items()}
     single = {place: schema.features[place[1]].kind in ("id", "text") for place in found}
     columns |= {place: column.first(_NULL) for place, column in found.items() if single[place]}
+    for place, column in rows.texts.items():
+        if single["texts", place]:
+            # Looked up here, in a small table; among all windows' texts each look-up would miss the cache.
+            keys = rows.text_keys if len(rows.text_keys) else np.zeros(1, np.int64)
+            columns[_KEYS, place] = keys[column.first(0)]
     return columns, {place: column for place, column in found.items() if not single[place]}
 
 
@@ -103,7 +113,10 @@ class _Growing:
 
 
 def cut(slices: Sequence[tuple[Window, int, int]], pool: TextPool) -> Rows:
-    """Rows start .. stop of each window, one after another, with every text they use once, sorted by key."""
+    """Rows start .. stop of each window, one after another, with every text they use once, sorted by key.
+
+    `Rows.keys` has those that the schema has.
+    """
     first = slices[0][0]
     records = np.concatenate([window.records[start:stop] for window, start, stop in slices])
     records = records.view(first.dtype).reshape(-1)
@@ -116,11 +129,13 @@ def cut(slices: Sequence[tuple[Window, int, int]], pool: TextPool) -> Rows:
         columns[place] = Ragged.concat([window.lists[place].slice(start, stop) for window, start, stop in slices])
     edges = np.cumsum([0] + [stop - start for _, start, stop in slices])
     bases = pool.first[[window.segment for window, _, _ in slices]]
-    uses = {}
+    uses, known = {}, [_NOTHING]
     for name in first.features["texts"]:
         column = columns["texts", name]
         uses[name] = column.values + np.repeat(bases, np.diff(column.offsets[edges]))
-    keys, tokens, numbers = pool.collect(np.concatenate([np.zeros(0, np.int64), *uses.values()]))
+        keys = columns.get((_KEYS, name))
+        known.append(pool.keys[uses[name]] if keys is None else keys[column.lengths > 0])
+    keys, tokens, numbers = pool.collect(np.concatenate([_NOTHING, *uses.values()]), np.concatenate(known))
     texts, at = {}, 0
     for name, used in uses.items():
         texts[name] = Ragged(numbers[at : at + len(used)], columns["texts", name].offsets)
