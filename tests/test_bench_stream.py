@@ -67,7 +67,7 @@ def kinds(batch: Batch) -> dict[str, object]:
 
 def test_every_reader_gives_the_same_rows(rows, tmp_path):
     ours = tmp_path / "ours"
-    index = write_shards(rows, ours)
+    index = write_shards(rows, ours, block_rows=128)
     assert len({shard.domain for shard in index.shards}) == 3 and read_raw(ours, index) == ROWS
     expected = {
         int(rows.row[i]): (

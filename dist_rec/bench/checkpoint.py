@@ -64,7 +64,7 @@ def bench_checkpoint(users: int, repeats: int, folder: Path | None = None) -> di
 def _measure(config: Config, process, work: Path, repeats: int) -> dict[str, Any]:
     config.data.train, config.run.root = str(work / "data"), str(work / "runs")
     trainer = Trainer(prepare(config), process)
-    batches = trainer.passes.opened[0].stream.batches
+    batches = trainer.passes.stream.batches
     result: dict[str, Any] = {}
 
     def step_ms() -> float:

@@ -52,12 +52,13 @@ class Failure(Exception):
 
 
 def write_config(folder: Path, data: str, epochs: int, seed: int) -> Path:
-    """A config with everything that could make a resumed run differ: dropout, shuffling, a gate over domains."""
+    """A config with everything that could make a resumed run differ: dropout, shuffling, schedules, momenta."""
     config = {
         "run": {"root": str(folder / "runs"), "seed": seed},
         "data": {"train": data, "batch_size": BATCH_ROWS, "streams": 12, "shuffle_window": 240},
         "tables": {"dim": 64, "sharding": "row_wise", "overrides": {"item_id": {"dim": 8, "sharding": "auto"}}},
         "model": {"width": 16, "dropout": 0.2, "history": {"feedforward": 16}, "regulariser": {"kind": "js"}},
+        "dense": {"schedule": "cosine", "warmup_steps": 2 * SAVE_EVERY},
         "train": {"epochs": epochs, "log_every": 1, "record_rows": True},
         "checkpoint": {"every_steps": SAVE_EVERY, "every_minutes": 0.0},
     }

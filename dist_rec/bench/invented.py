@@ -2,8 +2,8 @@
 
 A row has a user, an item, a history of 1 .. 50 items (any length as often; MDS cannot store an empty array), the
 item's title of 24 tokens, 8 floats and two labels, and is of one of three domains. Each of 100,000 items has one
-title; items are drawn by Zipf's law, so that a title comes back as often as it does in logs: a block of 2,048
-rows holds some 1,200 distinct ones. The second label is missing in half of the rows.
+title; items are drawn by Zipf's law, so that a title comes back as often as it does in logs: 2,048 rows hold some
+1,200 distinct ones. The second label is missing in half of the rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HISTORY, TOKENS, FLOATS = 50, 24, 8
 DOMAIN_SHARES = (0.6, 0.3, 0.1)
 MISSING = 0.5
 MAX_RATING = 5
-BLOCK_ROWS, SHARD_ROWS = 2048, 262_144
+SHARD_ROWS = 262_144
 _PLAIN = ("row", "domain", "user", "item", "profile", "click", "rating")
 
 SCHEMA: Schema = from_dict(
@@ -121,7 +121,7 @@ def title(tokens: np.ndarray) -> str:
     return " ".join(f"w{t}" for t in tokens.tolist())
 
 
-def write_shards(rows: Impressions, folder: Path) -> Index:
+def write_shards(rows: Impressions, folder: Path, block_rows: int) -> Index:
     """Our shards of the rows, as `shards build` would write them, with token ids.
 
     Not through `build`, whose dictionaries and tokenizer invented ids have no use for.
@@ -131,9 +131,9 @@ def write_shards(rows: Impressions, folder: Path) -> Index:
     in_order = np.argsort(rows.row)
     edges = np.searchsorted(rows.domain[in_order], np.arange(len(DOMAIN_SHARES) + 1))
     for domain, (start, stop) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
-        for first in range(start, stop, BLOCK_ROWS):
-            payload = _block(rows, in_order[first : min(first + BLOCK_ROWS, stop)])
-            writer.add(domain, EncodedBlock(payload, min(BLOCK_ROWS, stop - first), zlib.crc32(payload), None))
+        for first in range(start, stop, block_rows):
+            payload = _block(rows, in_order[first : min(first + block_rows, stop)])
+            writer.add(domain, EncodedBlock(payload, min(block_rows, stop - first), zlib.crc32(payload), None))
     index = writer.close()
     write_index(str(folder), index)
     return index

@@ -33,7 +33,7 @@ from ..data.rows import Rows
 from ..data.stream import Stream
 from ..data.validate import TAR_UNIT
 from ..errors import UserError
-from .invented import BLOCK_ROWS, SCHEMA, invent, write_shards
+from .invented import SCHEMA, invent, write_shards
 from .peers import PEERS
 
 STREAMS = 8
@@ -98,13 +98,16 @@ def _count(batches: Iterator[Batch]) -> int:
     return sum(int(batch.valid.sum()) for batch in batches)
 
 
-def bench_stream(rows: int, repeats: int, batch_size: int, window: int, folder: Path | None) -> dict[str, Any]:
+def bench_stream(
+    rows: int, repeats: int, batch_size: int, window: int, block_rows: int, folder: Path | None
+) -> dict[str, Any]:
     """Write the rows in every format, read them in turns, and compare.
 
     Args:
         rows: how many; slow formats read a part of them (`PARTS`).
         repeats: turns.
         batch_size, window: of all readers.
+        block_rows: of our shards.
         folder: where the temporary files go; None is the system's place for them.
 
     Returns:
@@ -113,31 +116,38 @@ def bench_stream(rows: int, repeats: int, batch_size: int, window: int, folder: 
     Raises:
         UserError: a number makes no sense, or a peer is not installed.
     """
-    if rows < STREAMS or repeats < 1 or batch_size < STREAMS or batch_size % STREAMS or window < batch_size:
+    if (
+        rows < STREAMS
+        or repeats < 1
+        or block_rows < 1
+        or batch_size < STREAMS
+        or batch_size % STREAMS
+        or window < batch_size
+    ):
         raise UserError(
             f"--rows and --batch-size must be at least {STREAMS}, --batch-size a multiple of it, --window at least "
-            "--batch-size and --repeats at least 1."
+            "--batch-size, --block-rows and --repeats at least 1."
         )
     console = Console(stderr=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory(prefix="dist_rec-bench-", dir=folder) as temporary:
-            readers = _prepare(Path(temporary), rows, batch_size, window, console)
+            readers = _prepare(Path(temporary), rows, batch_size, window, block_rows, console)
             turns = [_turn(readers, turn, console) for turn in range(repeats)]
     finally:
         torch.set_num_threads(threads)
-    return _summary(turns, rows, batch_size, window)
+    return _summary(turns, rows, batch_size, window, block_rows)
 
 
 def _prepare(
-    folder: Path, rows: int, batch_size: int, window: int, console: Console
+    folder: Path, rows: int, batch_size: int, window: int, block_rows: int, console: Console
 ) -> dict[str, Callable[[int], int]]:
     """Write every format; a reader takes a seed and returns how many rows it read."""
     console.print(f"inventing {rows:,} rows")
     invented = invent(rows)
     ours = folder / "ours"
-    index = write_shards(invented, ours)
+    index = write_shards(invented, ours, block_rows)
 
     def stream(reader: type[ShardReader]) -> Callable[[int], int]:
         def read(seed: int) -> int:
@@ -166,7 +176,9 @@ def _turn(readers: dict[str, Callable[[int], int]], seed: int, console: Console)
     return found
 
 
-def _summary(turns: list[dict[str, dict[str, float]]], rows: int, batch_size: int, window: int) -> dict[str, Any]:
+def _summary(
+    turns: list[dict[str, dict[str, float]]], rows: int, batch_size: int, window: int, block_rows: int
+) -> dict[str, Any]:
     rates = {name: [turn[name]["rows"] / turn[name]["cpu"] for turn in turns] for name in turns[0]}
     walls = {name: [turn[name]["rows"] / turn[name]["wall"] for turn in turns] for name in turns[0]}
 
@@ -189,7 +201,7 @@ def _summary(turns: list[dict[str, dict[str, float]]], rows: int, batch_size: in
         "repeats": len(turns),
         "batch_size": batch_size,
         "window": window,
-        "block_rows": BLOCK_ROWS,
+        "block_rows": block_rows,
         "threads": 1,
         "rows_per_s": readers["ours"]["rows_per_s"],
         "ratio_vs_webdataset_json": ratio("ours", "json"),

@@ -58,13 +58,14 @@ def bench_stream(
     repeats: Annotated[int, typer.Option(help="Turns that the readers take.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
     window: Annotated[int, typer.Option(help="Rows that are shuffled together.")] = 262_144,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 2048,
     folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
     as_json: Json = False,
 ) -> None:
     """Rows a second of the stream, against JSON, MDS and Parquet and against merely reading the blocks."""
     from ..bench.stream import bench_stream, print_summary
 
-    summary = bench_stream(rows, repeats, batch_size, window, folder)
+    summary = bench_stream(rows, repeats, batch_size, window, block_rows, folder)
     print_summary(summary)
     print_json(as_json, summary)
 
@@ -73,6 +74,7 @@ def bench_stream(
 def bench_checkpoint(
     users: Annotated[int, typer.Option(help="Rows of the large table, 260 bytes each.")] = 4_000_000,
     repeats: Annotated[int, typer.Option(help="Saves of each kind; medians are told.")] = 3,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 2048,
     folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,

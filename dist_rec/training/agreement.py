@@ -37,7 +37,7 @@ class Agreement:
         self.close()
 
     def begin(self, lost_rows: int) -> None:
-        """Send this rank's wishes on their way, and how many rows it has left out so far."""
+        """Send this rank's wishes on their way, and how many rows of the epoch it has left out so far."""
         minutes = self.config.every_minutes
         due = self.is_main and minutes > 0 and time.monotonic() - self.saved >= 60 * minutes
         self.wishes = torch.tensor([int(self.asked_to_stop), int(due), lost_rows])

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from ..config import TrainConfig
 from ..data.batch import Batch
 from ..data.index import Index
+from ..data.order import Order
+from ..data.reader import ShardReader
 from ..data.stream import Stream
 from ..errors import UserError
 from ..strict import strict, to_dict
@@ -62,12 +64,13 @@ class Pass:
     total: int
     data: str
     first_row: int
-    stream: Stream
+    order: Order
+    reader: ShardReader
 
     @property
     def end(self) -> int:
         """Steps of the run when the epoch is through."""
-        return self.first + self.stream.steps
+        return self.first + self.order.steps
 
     @property
     def stop(self) -> int:
@@ -76,7 +79,7 @@ class Pass:
 
     def rows(self, start: int, stop: int, rank: int = 0, world_size: int = 1) -> int:
         """Rows, masked ones left out, that a rank gets in the run's steps start .. stop."""
-        order, k = self.stream.order, self.stream.order.per_stream
+        order, k = self.order, self.order.per_stream
         lengths = [order.stream_rows(s) for s in range(rank, order.streams, world_size)]
         return sum(min(n, (stop - self.first) * k) - min(n, (start - self.first) * k) for n in lengths)
 
@@ -86,6 +89,8 @@ class Passes:
 
     Batches are asked for ahead of training, so that the next pass may be open while the steps of
     the last one are still being trained: everything here is asked by the step it is about.
+
+    Only the stream that is read from is held: a stream holds windows of rows.
 
     Args:
         config: epochs and steps.
@@ -107,11 +112,12 @@ class Passes:
         self.config, self.newest, self.open_stream = config, newest, open_stream
         self.from_watermark = from_watermark
         self.start_step = start.step if start else 0
+        self.opened: list[Pass] = []
         index = newest()
         if start is None:
-            self.opened = [self._pass(0, FROM_THE_START, 0, index)]
+            self.opened.append(self._pass(0, FROM_THE_START, 0, index))
         else:
-            self.opened = [self._reopen(start, index)]
+            self.opened.append(self._reopen(start, index))
             if start.step >= self.opened[0].stop:
                 self._open_next(index)
 
@@ -127,17 +133,22 @@ class Passes:
     def _pass(self, epoch: int, after: int, first: int, index: Index) -> Pass:
         """The pass over everything in `index` that is newer than generation `after`."""
         read = index.between(after, index.generation)
-        stream = self.open_stream(read, after != FROM_THE_START)
-        if stream.steps < 1:
+        last = self.opened[-1] if self.opened else None
+        if last is None or (last.after, last.upto) != (after, index.generation):
+            self.stream = self.open_stream(read, after != FROM_THE_START)
+        order, reader = self.stream.order, self.stream.reader
+        if order.steps < 1:
             raise UserError(
                 f"an epoch of {read.rows:,} rows has no full batch: lower data.batch_size, or set data.drop_last: "
                 "false."
             )
         epochs = 1 if after != FROM_THE_START else max(self.config.epochs - epoch, 1)
-        total = first + stream.steps * epochs
+        total = first + order.steps * epochs
         if self.config.steps:
             total = min(total, self.config.steps)
-        return Pass(epoch, after, index.generation, first, total, fingerprint(index), index.rows - read.rows, stream)
+        return Pass(
+            epoch, after, index.generation, first, total, fingerprint(index), index.rows - read.rows, order, reader
+        )
 
     def _open_next(self, index: Index) -> bool:
         """Open what follows the last opened pass, the data set being `index` now; False if nothing does."""
@@ -156,7 +167,7 @@ class Passes:
         step = self.start_step
         while True:
             one = self.opened[-1]
-            yield from one.stream.batches(one.epoch, step - one.first, one.stop - one.first)
+            yield from self.stream.batches(one.epoch, step - one.first, one.stop - one.first)
             step = max(step, one.stop)
             if not self._open_next(self.newest()):
                 return

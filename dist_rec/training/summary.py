@@ -25,24 +25,28 @@ class Summary:
         self.process = process
         self.earlier = earlier or {"attempts": 0, "epochs": [], "lost": {"rows": 0, "blocks": []}}
         self.epochs = {entry["epoch"]: entry for entry in self.earlier["epochs"]}
-        self.lost_rows = 0
+        self.lost_rows = self.lost_in_epoch = 0
 
     def begin(self, one: Pass) -> None:
         """Note what an epoch reads."""
+        self.lost_in_epoch = 0
         self.epochs[one.epoch] = {
             "epoch": one.epoch,
             "after_generation": one.after,
             "upto_generation": one.upto,
-            "domains": one.stream.order.summary(),
+            "domains": one.order.summary(),
         }
 
     def count(self, one: Pass, step: int, rows: int) -> None:
         """Note that this rank trained `rows` rows in the step that made it `step` steps."""
-        self.lost_rows += one.rows(step - 1, step, self.process.rank, self.process.world_size) - rows
+        lost = one.rows(step - 1, step, self.process.rank, self.process.world_size) - rows
+        self.lost_rows += lost
+        self.lost_in_epoch += lost
 
     def gather(self, passes: Passes) -> dict[str, Any]:
         """The summary of all ranks so far: `attempts`, `epochs`, `lost` rows and blocks. Collective."""
-        mine = (self.lost_rows, [entry for one in passes.opened for entry in one.stream.reader.lost_summary()])
+        readers = {id(one.reader): one.reader for one in passes.opened}.values()
+        mine = (self.lost_rows, [entry for reader in readers for entry in reader.lost_summary()])
         everyone: list[Any] = [None] * self.process.world_size
         dist.all_gather_object(everyone, mine)
         blocks = {(b["shard"], b["block"]): b for b in self.earlier["lost"]["blocks"]}

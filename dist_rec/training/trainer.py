@@ -66,7 +66,7 @@ class Trainer:
         self.passes = Passes(config.train, self._newest, self._open_stream, config.data.from_watermark, position)
         self.step = self.saved_step = self.passes.start_step
         _check_something_is_left(config, self.passes)
-        batch_rows = self.passes.opened[0].stream.batch_rows
+        batch_rows = self.passes.stream.batch_rows
         tables, sharded, plan = build_tables(prepared, process, batch_rows, _plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
         model = build_model(prepared, DistributedReduction())
@@ -122,7 +122,7 @@ class Trainer:
         config, batches = self.config, self.passes.batches()
         begun = None
         while not self.passes.finished:
-            agreement.begin(self.summary.lost_rows)
+            agreement.begin(self.summary.lost_in_epoch)
             seed_step(config.run.seed, self.step, self.process.rank)
             output = self.hybrid.train_step(batches)
             agreement.end(self.step + 1)
@@ -133,7 +133,7 @@ class Trainer:
             if one is not begun:
                 begun = one
                 self.summary.begin(one)
-                tracker.data(one.epoch, one.stream.order.summary())
+                tracker.data(one.epoch, one.order.summary())
             rows = output["batch"].row[output["batch"].valid]
             record.step(self.step, one.epoch, rows + one.first_row)
             self.summary.count(one, self.step, len(rows))
@@ -167,12 +167,12 @@ class Trainer:
         return losses
 
     def _check_lost(self, one: Pass, lost_rows: int) -> None:
-        """Refuse to go on when the ranks together have left out more than the config allows."""
-        most = self.config.data.max_damaged_share * one.stream.reader.index.rows
+        """Refuse to go on when the ranks together have left out more of an epoch than the config allows."""
+        most = self.config.data.max_damaged_share * one.reader.index.rows
         if lost_rows > most:
             raise UserError(
                 f"{lost_rows:,} rows could not be read, which is more than data.max_damaged_share "
-                f"{self.config.data.max_damaged_share:g} of {one.stream.reader.index.rows:,}. Run `dist-rec shards "
+                f"{self.config.data.max_damaged_share:g} of {one.reader.index.rows:,}. Run `dist-rec shards "
                 f"verify {self.prepared.root('train')}`."
             )
 
