@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -162,6 +164,61 @@ def test_a_run_from_a_misbehaving_server_is_the_run_from_disk(small, tmp_path):
         train(config, "--train.epochs", 1, "--run.name", "far", "--data.train", server.url, ranks=2)
         assert not server.faults and server.tars() > 10
     assert losses(tmp_path / "runs" / "far") == losses(tmp_path / "runs" / "run")
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of a few megabytes below `folder`."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, timeout=20)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here, which needs root: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
+
+
+def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(small, tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        every = {"every_steps": 5}
+        config = write_config(
+            disk, small, train={"epochs": 10**6, "log_every": 1, "record_rows": True}, checkpoint=every
+        )
+        run, filler = disk / "runs" / "run", disk / "filler"
+        job = start(command(config, "--train.epochs", 10**6))
+        deadline = time.monotonic() + SECONDS
+
+        def wait(reached) -> None:
+            while not reached():
+                assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=9)
+                time.sleep(0.02)
+
+        def saved() -> int:
+            return int(checkpoint.find(run).name.removeprefix("step-"))
+
+        try:
+            wait((run / "checkpoints" / "latest").exists)
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1 << 12))
+            full_at = saved()
+            time.sleep(3)
+            # The save that was under way may still have found room.
+            assert saved() - full_at <= 5 and job.poll() is None
+            filler.unlink()
+            wait(lambda: saved() > full_at + 20)
+            job.send_signal(signal.SIGTERM)
+            _, err = job.communicate(timeout=60)
+        finally:
+            kill_family(job)
+        assert job.returncode == 143 and "was not written" in err and "its lines wait" in err, err
+        seen = history(run / "rows")
+        done = saved()
+        assert sorted(seen) == list(range(1, done + 1))
+        for epoch in range(done // EPOCH):
+            assert rows_of(run, epoch) == list(range(sum(ROWS.values())))
 
 
 def test_sigterm_to_one_rank_s_job_saves_and_ends(small, tmp_path):

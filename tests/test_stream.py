@@ -344,6 +344,19 @@ def test_skipping_ahead_reads_no_block_before_its_place():
     assert 8 * (4096 // 8) // 100 <= window < blocks / 20 and abs(read[1] - window) <= window
 
 
+@pytest.mark.parametrize("streams", [1, 8])
+def test_a_block_that_windows_share_is_decoded_once(streams):
+    case = Case(((100,) * 30, (100,) * 12, (70,)), streams=streams, per_stream=16, window=streams * 250)
+    stream = case.rank()
+    numbers, rows = [], stream.reader.rows
+    stream.reader.rows = lambda number: numbers.append(number) or rows(number)
+    for step in range(stream.steps):
+        stream.batch(0, step)
+    # Streams that meet in a block do so at different times, and a domain begins and ends inside a block.
+    apart = streams * len(case.blocks)
+    assert set(numbers) == set(range(43)) and len(numbers) <= 43 + apart
+
+
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
 
