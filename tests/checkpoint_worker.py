@@ -35,9 +35,8 @@ from dist_rec.training.checkpoint import writer as writing
 from dist_rec.training.collectives import DistributedReduction
 from dist_rec.training.engine import make_engine
 from dist_rec.training.hybrid import Hybrid
-from dist_rec.training.process import choose_device, process_group
+from dist_rec.training.process import choose_device, process_group, quieten
 from dist_rec.training.setup import build_model, build_tables, build_training_stream, prepare
-from dist_rec.training.trainer import quieten
 
 GATE = threading.Event()
 SEQUENCE_TYPES = ("row_wise", "table_wise", "column_wise")

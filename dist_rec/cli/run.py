@@ -63,7 +63,7 @@ def train(
     loaded = load_config(config, overrides(context.args))
     launch_if_asked(nproc_per_node, max_restarts)
     from ..report import print_evaluation
-    from ..training.trainer import train as run
+    from ..training.run import train as run
 
     folder = run(loaded)
     if is_main():

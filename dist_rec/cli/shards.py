@@ -28,7 +28,7 @@ def shards_build(
     tokenizer: Annotated[str, typer.Option(help="Model folder or package:PACKAGE/FOLDER; texts get token ids.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 32,
     vocabulary: Annotated[str, typer.Option(help="vocabulary folder of an earlier build to keep the rows of.")] = "",
-    block_rows: Annotated[int, typer.Option(help="Rows of a block (a tar member).")] = 2048,
+    block_rows: Annotated[int, typer.Option(help="Rows of a block (a tar member).")] = 8192,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard (a tar).")] = 262144,
     workers: Annotated[int, typer.Option(help="Processes; 0 is all cores.")] = 0,
     memory_limit: Annotated[str, typer.Option(help="Of the SQL engine, such as 8GB; beyond it, disk is used.")] = "",

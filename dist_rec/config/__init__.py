@@ -14,6 +14,7 @@ import yaml
 from pydantic import ValidationInfo, field_validator
 
 from ..errors import UserError, nearest
+from ..files import write_text
 from ..strict import from_dict, parse_yaml, read_yaml, strict, to_dict
 from .data import DataConfig, check_multiple
 from .model import (
@@ -116,7 +117,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def check_names(known: list[str], used: list[str], place: str) -> list[str]:

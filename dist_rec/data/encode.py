@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from isal.isal_zlib import crc32
 
 from ..schema import Schema
 from .blocks import KEY_NAMES, TEXT, arrow_schema, encode_block, text_key
@@ -288,7 +288,7 @@ def make_block(data: bytes) -> EncodedBlock:
     payload = encode_block(pa.record_batch(columns, schema=_STATE.arrow_schema))
     times = batch.column("key:time").drop_null().to_numpy(zero_copy_only=False) if schema.keys.time else ()
     span = (int(times.min()), int(times.max())) if len(times) else None
-    return EncodedBlock(payload, n, zlib.crc32(payload), span, features, labels)
+    return EncodedBlock(payload, n, crc32(payload), span, features, labels)
 
 
 def _defined(column: pa.Array) -> pa.Array:

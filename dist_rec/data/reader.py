@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import threading
 from collections import OrderedDict
@@ -14,14 +13,31 @@ from webdataset.tariterators import tar_file_iterator
 
 from ..errors import UserError
 from .blocks import decode_block
-from .index import BlockInfo, Index, join
+from .index import Index, join
 from .prefetch import Prefetch
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 from .rows import Rows
-from .validate import WrongSchema, check_member, member_payload
+from .validate import TAR_UNIT, WrongSchema, check_member, member_payload
 
 # How many lost blocks the last message names; `lost_summary` has them all.
 MOST_NAMED = 10
+
+
+class _Pieces:
+    """A file whose every `read` gives a piece, of whatever length: `tarfile` joins what it reads and asks for 10 kB
+    at a time, which would copy a payload in hundreds of pieces, and more than once."""
+
+    def __init__(self, *pieces: bytes | memoryview) -> None:
+        self._left = iter(pieces)
+
+    def read(self, _: int) -> bytes | memoryview:
+        return next(self._left, b"")
+
+
+def _read_tar(member: bytes, payload: memoryview) -> bytes:
+    """What WebDataset reads from a tar member, whose header says that `payload` is in it."""
+    (sample,) = tar_file_iterator(_Pieces(member[:TAR_UNIT], payload, member[TAR_UNIT + len(payload) :]))
+    return sample["data"]
 
 
 class ShardReader:
@@ -101,12 +117,6 @@ class ShardReader:
                 "to it, and run again."
             ) from None
 
-    def _payload(self, member: bytes, block: BlockInfo, where: str) -> bytes:
-        """What WebDataset reads from a tar member, which it would also expand were it compressed."""
-        member_payload(member, block, where)
-        (sample,) = tar_file_iterator(io.BytesIO(member))
-        return sample["data"]
-
     def decode(self, number: int, member: bytes) -> Rows:
         """The rows in the tar member of a block.
 
@@ -116,7 +126,7 @@ class ShardReader:
         shard, block = self.places[number]
         where = self.where(number)
         rows = decode_block(
-            self._payload(member, block, where),
+            _read_tar(member, member_payload(member, block, where)),
             self.index.schema,
             where,
             int(self.first_rows[number]),

@@ -38,7 +38,7 @@ from .writer import DatasetWriter
 log = logging.getLogger(__name__)
 TEXTS_NAME = "texts.parquet"
 VOCABULARY_NAME = "vocabulary"
-DEFAULT_BLOCK_ROWS = 2_048
+DEFAULT_BLOCK_ROWS = 8_192
 DEFAULT_SHARD_ROWS = 262_144
 TEXT_BATCH = 4_096
 TEXT_ROW_GROUP = 65_536

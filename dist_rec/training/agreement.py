@@ -34,10 +34,9 @@ class Agreement:
 
     def _ask_to_stop(self, *_) -> None:
         self.asked_to_stop = True
-        self.close()
 
     def begin(self, lost_rows: int) -> None:
-        """Send this rank's wishes on their way, and how many rows of the epoch it has left out so far."""
+        """Send this rank's wishes on their way, and how many rows the blocks have that it could not read."""
         minutes = self.config.every_minutes
         due = self.is_main and minutes > 0 and time.monotonic() - self.saved >= 60 * minutes
         self.wishes = torch.tensor([int(self.asked_to_stop), int(due), lost_rows])
@@ -54,5 +53,5 @@ class Agreement:
             self.saved = time.monotonic()
 
     def close(self) -> None:
-        """Let SIGTERM end the process again, as a second one does at once."""
+        """Let SIGTERM end the process again."""
         signal.signal(signal.SIGTERM, self.previous)

@@ -16,9 +16,9 @@ from ..data.batch import Batch
 from ..errors import UserError
 from . import checkpoint
 from .collectives import DistributedReduction
-from .process import choose_device, process_group
-from .setup import build_model, build_stream, build_tables, prepare
-from .trainer import evaluate, quieten, write_evaluation
+from .evaluation import evaluate, write_evaluation
+from .process import choose_device, process_group, quieten
+from .setup import agree_on_index, build_model, build_stream, build_tables, prepare
 
 
 def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
@@ -34,6 +34,8 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
         raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
     device = choose_device(config)
     with process_group(config, device) as process:
+        for name in prepared.indexes:
+            agree_on_index(prepared, name)
         saved = checkpoint.read_state(found)
         stream = build_stream(prepared, split, process.rank, process.world_size)
         tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)

@@ -12,7 +12,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ..config import TrainConfig
+from pydantic import Field
+
+from ..config import Config
 from ..data.batch import Batch
 from ..data.index import Index
 from ..data.order import Order
@@ -35,11 +37,11 @@ class Position:
         data: `fingerprint` of the data set up to `upto`.
     """
 
-    step: int
-    epoch: int
-    epoch_step: int
-    after: int
-    upto: int
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    epoch_step: int = Field(ge=0)
+    after: int = Field(ge=FROM_THE_START)
+    upto: int = Field(ge=0)
     data: str
 
 
@@ -93,24 +95,21 @@ class Passes:
     Only the stream that is read from is held: a stream holds windows of rows.
 
     Args:
-        config: epochs and steps.
+        config: of the run.
         newest: the data set's index as it is now. Collective: all ranks get the same.
         open_stream: this rank's stream over an index; the second argument asks for every row once,
             whatever the weights.
-        from_watermark: read only what was appended since `start`, and end.
         start: where an earlier run stood.
     """
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: Config,
         newest: Callable[[], Index],
         open_stream: Callable[[Index, bool], Stream],
-        from_watermark: bool = False,
         start: Position | None = None,
     ) -> None:
         self.config, self.newest, self.open_stream = config, newest, open_stream
-        self.from_watermark = from_watermark
         self.start_step = start.step if start else 0
         self.opened: list[Pass] = []
         index = newest()
@@ -118,7 +117,9 @@ class Passes:
             self.opened.append(self._pass(0, FROM_THE_START, 0, index))
         else:
             self.opened.append(self._reopen(start, index))
-            if start.step >= self.opened[0].stop:
+            if self.opened[0].first + self.opened[0].order.steps < start.step:
+                raise UserError(f"the checkpoint is at step {start.epoch_step} of an epoch that has fewer.")
+            if start.step >= self.opened[0].stop and self._may_go_on():
                 self._open_next(index)
 
     def _reopen(self, start: Position, index: Index) -> Pass:
@@ -142,25 +143,39 @@ class Passes:
                 f"an epoch of {read.rows:,} rows has no full batch: lower data.batch_size, or set data.drop_last: "
                 "false."
             )
-        epochs = 1 if after != FROM_THE_START else max(self.config.epochs - epoch, 1)
+        epochs = 1 if after != FROM_THE_START else max(self.config.train.epochs - epoch, 1)
         total = first + order.steps * epochs
-        if self.config.steps:
-            total = min(total, self.config.steps)
+        if self.config.train.steps:
+            total = min(total, self.config.train.steps)
         return Pass(
             epoch, after, index.generation, first, total, fingerprint(index), index.rows - read.rows, order, reader
         )
 
+    def _may_go_on(self) -> bool:
+        """Whether another pass may follow the last opened one, as far as the config says."""
+        last, steps = self.opened[-1], self.config.train.steps
+        if 0 < steps <= last.end:
+            return False
+        return self.config.data.from_watermark or last.epoch + 1 < self.config.train.epochs
+
     def _open_next(self, index: Index) -> bool:
         """Open what follows the last opened pass, the data set being `index` now; False if nothing does."""
-        last = self.opened[-1]
-        if self.from_watermark:
-            after, more = last.upto, index.generation > last.upto
-        else:
-            after, more = FROM_THE_START, last.epoch + 1 < self.config.epochs
-        if not more or 0 < self.config.steps <= last.end:
-            return False
+        last, after = self.opened[-1], FROM_THE_START
+        if self.config.data.from_watermark:
+            after = last.upto
+            if not self._is_enough(index, after):
+                return False
         self.opened.append(self._pass(last.epoch + 1, after, last.end, index))
         return True
+
+    def _is_enough(self, index: Index, after: int) -> bool:
+        """Whether what was appended after a generation makes a batch; if not, it waits for more."""
+        data = self.config.data
+        if index.generation <= after:
+            return False
+        new = index.between(after, index.generation)
+        rows = sum(new.rows_of(domain) for domain in data.domains or index.schema.domains.names)
+        return rows >= (data.batch_size if data.drop_last else 1)
 
     def batches(self) -> Iterator[Batch]:
         """This rank's batches from `start` to the end of the run."""
@@ -169,7 +184,7 @@ class Passes:
             one = self.opened[-1]
             yield from self.stream.batches(one.epoch, step - one.first, one.stop - one.first)
             step = max(step, one.stop)
-            if not self._open_next(self.newest()):
+            if not (self._may_go_on() and self._open_next(self.newest())):
                 return
 
     def at(self, step: int) -> Pass:
@@ -182,8 +197,8 @@ class Passes:
         return self.start_step >= self.opened[-1].stop
 
     def position(self, step: int) -> Position:
-        """Where the run stands when `step` steps are done."""
-        one = self.at(step)
+        """Where the run stands when `step` steps are done; at an epoch's end, in that epoch."""
+        one = next((one for one in self.opened if one.first <= step <= one.end), self.opened[-1])
         return Position(
             step=step,
             epoch=one.epoch,

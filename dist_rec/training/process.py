@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,6 +63,15 @@ def choose_device(config: Config) -> torch.device:
             "start fewer ranks a host (--nproc-per-node)."
         )
     return torch.device("cuda", local_rank)
+
+
+def quieten() -> None:
+    """Silence the engines' chatter, which is neither an error nor actionable."""
+    warnings.filterwarnings("ignore", module=r"(torch|torchrec|deepspeed|fbgemm_gpu|tensordict)\b.*")
+    # Blamed on the caller's line, which is ours.
+    warnings.filterwarnings("ignore", message=".*ShardedTensor", category=FutureWarning)
+    for name in ("torch", "torchrec", "fbgemm_gpu", "DeepSpeed", "root"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -7,14 +7,19 @@ any other is allowed and said. Reads configs and versions, no tensors.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, load_config
 from ..errors import UserError
-from ..strict import to_dict
+from ..launch import is_restart
+from ..strict import from_dict, strict, to_dict
+from .checkpoint import Saved, checkpoints
+from .passes import Position
+from .process import Process
+from .summary import Summary
 
 FIXED = (
     "run.seed",
@@ -55,6 +60,8 @@ IDLE = (
     "checkpoint.*",
     "evaluate.*",
 )
+# Of `train`, what stays so where the schedule reaches to the end of the run.
+TRAIN_IDLE = ("train.log_every", "train.evaluate_every", "train.timeout_minutes", "train.resume", "train.record_rows")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -101,8 +108,13 @@ def find_earlier(config: Config) -> Path | None:
     """
     folder = config.run_folder
     if not (folder / "config.yaml").exists():
+        if checkpoints(folder / "checkpoints"):
+            raise UserError(
+                f"{folder} has checkpoints but no config.yaml, which says of what: restore it, choose another "
+                "--run.name, or remove that folder."
+            )
         return None
-    if config.train.resume == "never":
+    if config.train.resume == "never" and not is_restart():
         raise UserError(f"{folder} holds a run already: choose another --run.name, or remove that folder.")
     differ = changes(to_dict(load_config(folder / "config.yaml")), to_dict(config))
     refused = [change for change in differ if change.among(FIXED)]
@@ -115,12 +127,46 @@ def find_earlier(config: Config) -> Path | None:
     return folder
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], config: list[Change]) -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], config: list[Change], schedule: str) -> list[str]:
     """What keeps a resumed run from being the uninterrupted one to the bit; empty if nothing does.
 
     Args:
         before, now: world size, thread count, versions and so on, by name.
         config: what changed in the config.
+        schedule: of the learning rates, which may depend on how long the run is.
     """
+    idle = IDLE if schedule == "constant" else (*(k for k in IDLE if k != "train.*"), *TRAIN_IDLE)
     said = [f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    return said + [str(change) for change in config if not change.among(IDLE)]
+    return said + [str(change) for change in config if not change.among(idle)]
+
+
+@strict
+class State:
+    """What a checkpoint holds beside tensors."""
+
+    position: Position | None = None
+    summary: Summary = field(default_factory=Summary)
+
+
+def state_of(earlier: Saved | None) -> State:
+    """The checked state of a checkpoint; an empty one without.
+
+    Raises:
+        UserError: it is not a training's state, or not that of its step.
+    """
+    if earlier is None:
+        return State()
+    state = from_dict(State, earlier.manifest.state, f"the state in {earlier.folder}")
+    if state.position is None or state.position.step != earlier.step:
+        raise UserError(
+            f"the state in {earlier.folder} is not that of step {earlier.step}: restore an older checkpoint."
+        )
+    return state
+
+
+def plan_to_keep(earlier: Saved | None, process: Process, config: Config) -> dict[str, Any] | None:
+    """The checkpoint's plan where it still holds: the same ranks, the same wishes."""
+    if earlier is None or earlier.manifest.environment.get("world size") != process.world_size:
+        return None
+    asked = [change.key for change in changes(earlier.manifest.config, to_dict(config))]
+    return None if any(key.startswith("tables.") for key in asked) else earlier.manifest.plan

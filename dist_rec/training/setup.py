@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
@@ -31,7 +32,8 @@ from ..models.foundation import FoundationModel
 from ..schema import Schema
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
-from .process import Process, world_size
+from .passes import FROM_THE_START, fingerprint
+from .process import Process, choose_device, world_size
 
 
 @dataclass
@@ -176,6 +178,38 @@ def used_features(schema: Schema, config: Config) -> list[str]:
 
 def retry_of(data: DataConfig) -> Retry:
     return Retry(data.retries, data.retry_seconds, data.timeout_seconds)
+
+
+def agree_on_index(prepared: Prepared, split: str, look_again: bool = False) -> None:
+    """Make a split's index the same on all ranks, whose looks may fall before and after an append. Collective.
+
+    Args:
+        look_again: read it anew, to see what was appended since.
+
+    Raises:
+        UserError: a rank does not see what rank 0 sees.
+    """
+    root, retry = prepared.root(split), retry_of(prepared.config.data)
+    if look_again and dist.get_rank() == 0:
+        prepared.indexes[split] = read_index(root, retry)
+    index = prepared.indexes[split]
+    shared = [(index.generation, index.statistics, fingerprint(index))]
+    dist.broadcast_object_list(shared)
+    generation, statistics, expected = shared[0]
+    if index.generation < generation:
+        index = read_index(root, retry)
+    if index.generation >= generation:
+        # The statistics are of all that one has seen, and decide the sharding plan.
+        index = replace(index.between(FROM_THE_START, generation), statistics=statistics)
+    device = choose_device(prepared.config)
+    differ = torch.tensor(int(fingerprint(index) != expected), device=device)
+    dist.all_reduce(differ)
+    if differ:
+        raise UserError(
+            f"{differ} rank(s) see another {root} than rank 0 does: it must be the same data set, and as new, on every "
+            "host."
+        )
+    prepared.indexes[split] = index
 
 
 def build_stream(prepared: Prepared, split: str, rank: int, world: int) -> Stream:

@@ -5,57 +5,105 @@ Goes through checkpoints, so that it is of the whole history however often the r
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import Field
 
-from .passes import Pass, Passes
+from ..strict import strict
+from .passes import FROM_THE_START, Pass, Passes
 from .process import Process
 
 
+@strict
+class LostBlock:
+    """A block that could not be read; `rows` are the first and the last, numbered in the whole data set."""
+
+    shard: str
+    block: str
+    rows: tuple[int, int]
+    reason: str
+
+
+@strict
+class Lost:
+    """`rows` counts rows that steps lack, again in every epoch."""
+
+    rows: int = Field(default=0, ge=0)
+    blocks: list[LostBlock] = field(default_factory=list)
+
+    @property
+    def rows_of_blocks(self) -> int:
+        return sum(last - first + 1 for first, last in (block.rows for block in self.blocks))
+
+
+@strict
+class Epoch:
+    """What an epoch read: generations `after_generation` < g <= `upto_generation`, and `Order.summary` by domain."""
+
+    epoch: int = Field(ge=0)
+    after_generation: int = Field(ge=FROM_THE_START)
+    upto_generation: int = Field(ge=0)
+    domains: dict[str, dict[str, int]]
+
+
+@strict
 class Summary:
-    """One rank's share of the summary.
+    """The whole summary; `attempts` counts how often the run was started."""
+
+    attempts: int = Field(default=0, ge=0)
+    epochs: list[Epoch] = field(default_factory=list)
+    lost: Lost = field(default_factory=Lost)
+
+
+class Account:
+    """One rank's part of the summary.
 
     Args:
         process: this rank.
-        earlier: what `gather` gave for the checkpoint that the run goes on from.
+        earlier: the summary in the checkpoint that the run goes on from.
     """
 
-    def __init__(self, process: Process, earlier: dict[str, Any] | None = None) -> None:
-        self.process = process
-        self.earlier = earlier or {"attempts": 0, "epochs": [], "lost": {"rows": 0, "blocks": []}}
-        self.epochs = {entry["epoch"]: entry for entry in self.earlier["epochs"]}
-        self.lost_rows = self.lost_in_epoch = 0
+    def __init__(self, process: Process, earlier: Summary) -> None:
+        self.process, self.earlier = process, earlier
+        self.epochs = {entry.epoch: entry for entry in earlier.epochs}
+        self.lost_rows = 0
 
     def begin(self, one: Pass) -> None:
         """Note what an epoch reads."""
-        self.lost_in_epoch = 0
-        self.epochs[one.epoch] = {
-            "epoch": one.epoch,
-            "after_generation": one.after,
-            "upto_generation": one.upto,
-            "domains": one.order.summary(),
-        }
+        self.epochs[one.epoch] = Epoch(
+            epoch=one.epoch, after_generation=one.after, upto_generation=one.upto, domains=one.order.summary()
+        )
 
     def count(self, one: Pass, step: int, rows: int) -> None:
         """Note that this rank trained `rows` rows in the step that made it `step` steps."""
-        lost = one.rows(step - 1, step, self.process.rank, self.process.world_size) - rows
-        self.lost_rows += lost
-        self.lost_in_epoch += lost
+        self.lost_rows += one.rows(step - 1, step, self.process.rank, self.process.world_size) - rows
 
-    def gather(self, passes: Passes) -> dict[str, Any]:
-        """The summary of all ranks so far: `attempts`, `epochs`, `lost` rows and blocks. Collective."""
-        readers = {id(one.reader): one.reader for one in passes.opened}.values()
-        mine = (self.lost_rows, [entry for reader in readers for entry in reader.lost_summary()])
+    def _lost_blocks(self, passes: Passes) -> list[LostBlock]:
+        first_rows = {id(one.reader): (one.reader, one.first_row) for one in passes.opened}
+        found = []
+        for reader, first in first_rows.values():
+            for entry in reader.lost_summary():
+                start, stop = entry["rows"]
+                found.append(LostBlock(**{**entry, "rows": (first + start, first + stop)}))
+        return found
+
+    def rows_of_lost_blocks(self, passes: Passes) -> int:
+        """Rows of the blocks that this rank could not read."""
+        return Lost(blocks=self._lost_blocks(passes)).rows_of_blocks
+
+    def gather(self, passes: Passes) -> Summary:
+        """The summary of all ranks so far. Collective."""
         everyone: list[Any] = [None] * self.process.world_size
-        dist.all_gather_object(everyone, mine)
-        blocks = {(b["shard"], b["block"]): b for b in self.earlier["lost"]["blocks"]}
-        blocks |= {(b["shard"], b["block"]): b for _, found in everyone for b in found}
-        return {
-            "attempts": self.earlier["attempts"] + 1,
-            "epochs": [self.epochs[epoch] for epoch in sorted(self.epochs)],
-            "lost": {
-                "rows": self.earlier["lost"]["rows"] + sum(rows for rows, _ in everyone),
-                "blocks": [blocks[key] for key in sorted(blocks)],
-            },
-        }
+        dist.all_gather_object(everyone, (self.lost_rows, self._lost_blocks(passes)))
+        found = [*self.earlier.lost.blocks, *(block for _, blocks in everyone for block in blocks)]
+        distinct = {(block.shard, block.block): block for block in found}
+        return Summary(
+            attempts=self.earlier.attempts + 1,
+            epochs=[self.epochs[epoch] for epoch in sorted(self.epochs)],
+            lost=Lost(
+                rows=self.earlier.lost.rows + sum(rows for rows, _ in everyone),
+                blocks=[distinct[key] for key in sorted(distinct)],
+            ),
+        )

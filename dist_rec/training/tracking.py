@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..files import write_text
+
 PLAIN_SECONDS = 5.0
 
 
@@ -55,7 +57,10 @@ class NoTracker:
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None: ...
 
-    def data(self, epoch: int, summary: dict[str, dict[str, int]]) -> None: ...
+    def data(self, step: int, epoch: int, summary: dict[str, dict[str, int]]) -> None: ...
+
+    def has_evaluation(self, step: int) -> bool:
+        return False
 
     def say(self, text: str) -> None: ...
 
@@ -80,8 +85,7 @@ class Tracker(NoTracker):
         self.start = start
         self.failed = False
         path = folder / "metrics.jsonl"
-        if path.exists():
-            _cut(path, start)
+        self.evaluated = _cut(path, start) if path.exists() else set()
         self.lines = path.open("a", buffering=1)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         self.progress = Progress(
@@ -125,9 +129,16 @@ class Tracker(NoTracker):
         }
         self._draw(scalars, step)
 
-    def data(self, epoch: int, summary: dict[str, dict[str, int]]) -> None:
-        """Record what an epoch reads of each domain; say where that is not every row once."""
-        self._write({"epoch": epoch, "data": summary})
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the earlier run has recorded one after `step` steps."""
+        return step in self.evaluated
+
+    def data(self, step: int, epoch: int, summary: dict[str, dict[str, int]]) -> None:
+        """Record what the epoch that step number `step` is the first of reads of each domain.
+
+        Says where that is not every row once.
+        """
+        self._write({"step": step, "epoch": epoch, "data": summary})
         for name, rows in summary.items():
             if rows["repeated"] or rows["left_out"]:
                 self.say(
@@ -163,16 +174,17 @@ class Tracker(NoTracker):
                 print(f"dist-rec: metrics cannot be written: {error}; training goes on without them.", file=sys.stderr)
 
 
-def _cut(path: Path, step: int) -> None:
-    """Take back the lines of metrics.jsonl that are about later steps than `step`."""
-    kept = []
+def _cut(path: Path, step: int) -> set[int]:
+    """Take back the lines of metrics.jsonl that are about later steps than `step`; returns those with an evaluation."""
+    kept, evaluated = [], set()
     for line in path.read_text().splitlines(keepends=True):
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # the process died writing it
-        if entry.get("step", 0) <= step:
+        if entry["step"] <= step:
             kept.append(line)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.rename(path)
+            if "evaluation" in entry:
+                evaluated.add(entry["step"])
+    write_text(path, "".join(kept))
+    return evaluated

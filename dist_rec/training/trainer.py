@@ -1,48 +1,32 @@
-"""The loop: build, train, evaluate, save. One call a rank; the run folder is rank 0's."""
+"""The loop: build, train, save. One `Trainer` a rank."""
 
 from __future__ import annotations
 
-import json
-import logging
-import sys
-import time
-import warnings
 from contextlib import redirect_stdout
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import Config, save_config
-from ..data.index import Index, read_index
+from ..data.index import Index
 from ..data.stream import Stream
 from ..embeddings.planner import describe_plan
 from ..errors import Stopped, UserError
-from ..strict import from_dict, to_dict
+from ..strict import to_dict
 from . import checkpoint
 from .agreement import Agreement
 from .checkpoint import Saved
 from .collectives import DistributedReduction
 from .engine import make_engine
+from .evaluation import evaluate, read_evaluation
 from .hybrid import Hybrid, learning_rate_factor
-from .metrics import Evaluation
-from .passes import FROM_THE_START, Pass, Passes, Position
-from .process import Process, choose_device, process_group
-from .resume import changes, differences, find_earlier
+from .passes import Pass, Passes
+from .process import Process
+from .resume import State, plan_to_keep, state_of
 from .row_record import NoRecord, RowRecord
-from .setup import Prepared, build_model, build_stream, build_tables, build_training_stream, prepare
-from .summary import Summary
-from .tracking import NoTracker, Stopwatch, Tracker
-
-
-def quieten() -> None:
-    """Silence the engines' chatter, which is neither an error nor actionable."""
-    warnings.filterwarnings("ignore", module=r"(torch|torchrec|deepspeed|fbgemm_gpu|tensordict)\b.*")
-    # Blamed on the caller's line, which is ours.
-    warnings.filterwarnings("ignore", message=".*ShardedTensor", category=FutureWarning)
-    for name in ("torch", "torchrec", "fbgemm_gpu", "DeepSpeed", "root"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+from .setup import Prepared, agree_on_index, build_model, build_stream, build_tables, build_training_stream
+from .summary import Account
+from .tracking import NoTracker, Stopwatch
 
 
 class Trainer:
@@ -60,14 +44,13 @@ class Trainer:
     def __init__(self, prepared: Prepared, process: Process, earlier: Saved | None = None) -> None:
         self.prepared, self.process = prepared, process
         config = self.config = prepared.config
-        state = earlier.manifest.state if earlier else {}
-        position = from_dict(Position, state["position"], str(earlier.folder)) if earlier else None
-        self.index, self.looked = prepared.indexes["train"], False
-        self.passes = Passes(config.train, self._newest, self._open_stream, config.data.from_watermark, position)
+        state = state_of(earlier)
+        self.looked = False
+        self.passes = Passes(config, self._newest, self._open_stream, state.position)
         self.step = self.saved_step = self.passes.start_step
-        _check_something_is_left(config, self.passes)
+        self._check_something_is_left()
         batch_rows = self.passes.stream.batch_rows
-        tables, sharded, plan = build_tables(prepared, process, batch_rows, _plan_to_keep(earlier, process, config))
+        tables, sharded, plan = build_tables(prepared, process, batch_rows, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
         model = build_model(prepared, DistributedReduction())
         with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
@@ -78,33 +61,52 @@ class Trainer:
             self.converted = checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
         self.tasks = {task: spec.label for task, spec in model.tasks.items()}
-        self.summary = Summary(process, state.get("summary"))
+        self.account = Account(process, state.summary)
+        self.lost_block_rows = 0
         self.writer = checkpoint.Writer(config.run_folder / "checkpoints", config.checkpoint)
 
+    def _check_something_is_left(self) -> None:
+        """Refuse to go on with a run that is through, unless its evaluation is missing."""
+        config, passes = self.config, self.passes
+        held = read_evaluation(config.run_folder)
+        if not passes.finished or held is None or held["step"] != passes.start_step:
+            return
+        if 0 < config.train.steps <= passes.start_step:
+            raise UserError(
+                f"{config.run_folder} holds a finished run: its train.steps {config.train.steps} are done. Raise them, "
+                "set 0 for no limit, or choose another --run.name."
+            )
+        if config.data.from_watermark:
+            raise UserError(
+                f"too little to train on was appended to {config.data.train} since generation "
+                f"{passes.opened[-1].upto}, which {config.run_folder} has been trained on."
+            )
+        raise UserError(
+            f"{config.run_folder} holds a finished run: choose another --run.name, remove that folder, or raise "
+            "train.epochs to go on with it."
+        )
+
     def _newest(self) -> Index:
-        """The training data as it is now; equal on all ranks, whose looks may fall before and after an append."""
-        if self.process.is_main and self.looked:
-            self.index = read_index(self.prepared.root("train"))
+        """The training data as it is now; equal on all ranks. Collective."""
+        if self.looked:
+            agree_on_index(self.prepared, "train", look_again=True)
         self.looked = True
-        newest = torch.tensor(self.index.generation, device=self.process.device)
-        torch.distributed.broadcast(newest, 0)
-        if self.index.generation < newest:
-            self.index = read_index(self.prepared.root("train"))
-        return self.index.between(FROM_THE_START, int(newest))
+        return self.prepared.indexes["train"]
 
     def _open_stream(self, index: Index, every_row: bool) -> Stream:
-        if index.generation > self.prepared.indexes["train"].generation:
-            self.prepared.reopen_store()
+        if index.generation > 0:
+            self.prepared.reopen_store()  # which may have learnt what was appended
         return build_training_stream(self.prepared, self.process.rank, self.process.world_size, index, every_row)
 
     def _learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(self.config.dense, step, self.passes.at(step).total)
 
     def train(self, tracker: NoTracker) -> dict[str, float]:
-        """Train to the end; returns seconds and rows per second of training alone.
+        """Train to the end and save; returns seconds and rows per second of training alone.
 
         Raises:
             Stopped: a rank was told to stop; what was done is saved.
+            UserError: a loss is not a number, data cannot be had, or the last checkpoint not written.
         """
         config = self.config
         agreement = Agreement(config.checkpoint, self.process.timeout)
@@ -112,17 +114,22 @@ class Trainer:
         watch = Stopwatch()
         try:
             self._train(tracker, agreement, record, watch)
+            seconds = watch.seconds
+            self.save()
+            self.writer.wait()
         finally:
             agreement.close()
             record.close()
-        rows, seconds = self.passes.rows_until(self.step), watch.seconds
+        rows = self.passes.rows_until(self.step)
         return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(rows / seconds, 1)}
 
     def _train(self, tracker: NoTracker, agreement: Agreement, record: RowRecord | NoRecord, watch: Stopwatch) -> None:
         config, batches = self.config, self.passes.batches()
-        begun = None
+        one = self.passes.at(self.step)
+        begun = one if one.first < self.step else None  # an earlier start has told of it
+        self._evaluate_what_is_due(tracker, one, watch, again=True)
         while not self.passes.finished:
-            agreement.begin(self.summary.lost_in_epoch)
+            agreement.begin(self.account.rows_of_lost_blocks(self.passes))
             seed_step(config.run.seed, self.step, self.process.rank)
             output = self.hybrid.train_step(batches)
             agreement.end(self.step + 1)
@@ -132,11 +139,11 @@ class Trainer:
             self.step += 1
             if one is not begun:
                 begun = one
-                self.summary.begin(one)
-                tracker.data(one.epoch, one.order.summary())
+                self.account.begin(one)
+                tracker.data(self.step, one.epoch, one.order.summary())
             rows = output["batch"].row[output["batch"].valid]
             record.step(self.step, one.epoch, rows + one.first_row)
-            self.summary.count(one, self.step, len(rows))
+            self.account.count(one, self.step, len(rows))
             self._check_lost(one, agreement.lost_rows)
             is_told = self.step % config.train.log_every == 0 or self.step == one.total
             if is_told or agreement.save:
@@ -152,10 +159,7 @@ class Trainer:
                     f"stopped by SIGTERM after step {self.step} of {one.total}, which is saved; the same command goes "
                     "on from there."
                 )
-            every = config.train.evaluate_every
-            if every and self.step % every == 0 and self.step < one.total and "valid" in self.prepared.indexes:
-                with watch.pause():
-                    tracker.evaluation(self.step, self.evaluate("valid"))
+            self._evaluate_what_is_due(tracker, one, watch)
 
     def _losses(self, output: dict[str, Any]) -> dict[str, float]:
         losses = {name: float(value) for name, value in output["losses"].items()}
@@ -166,14 +170,34 @@ class Trainer:
             )
         return losses
 
+    def _evaluate_what_is_due(self, tracker: NoTracker, one: Pass, watch: Stopwatch, again: bool = False) -> None:
+        """Evaluate data.valid if this step asks for it; `again`, if an earlier start has not. Collective."""
+        every = self.config.train.evaluate_every
+        if not every or self.step % every or not 0 < self.step < one.total or "valid" not in self.prepared.indexes:
+            return
+        if again:
+            done = [tracker.has_evaluation(self.step)]
+            torch.distributed.broadcast_object_list(done)
+            if done[0]:
+                return
+        with watch.pause():
+            tracker.evaluation(self.step, self.evaluate("valid"))
+
     def _check_lost(self, one: Pass, lost_rows: int) -> None:
-        """Refuse to go on when the ranks together have left out more of an epoch than the config allows."""
-        most = self.config.data.max_damaged_share * one.reader.index.rows
-        if lost_rows > most:
+        """Refuse to go on when more of the data is lost than the config allows. Collective.
+
+        Args:
+            lost_rows: sum over ranks, which may have met the same block.
+        """
+        data, rows = self.config.data, one.first_row + one.reader.index.rows
+        if lost_rows == self.lost_block_rows:
+            return
+        self.lost_block_rows = lost_rows
+        lost = self.account.gather(self.passes).lost.rows_of_blocks
+        if lost > data.max_damaged_share * rows:
             raise UserError(
-                f"{lost_rows:,} rows could not be read, which is more than data.max_damaged_share "
-                f"{self.config.data.max_damaged_share:g} of {one.reader.index.rows:,}. Run `dist-rec shards "
-                f"verify {self.prepared.root('train')}`."
+                f"blocks of {lost:,} rows could not be read, which is more than data.max_damaged_share "
+                f"{data.max_damaged_share:g} of {rows:,}. Run `dist-rec shards verify {data.train}`."
             )
 
     def evaluate(self, split: str) -> dict[str, Any]:
@@ -186,12 +210,12 @@ class Trainer:
         if self.step == self.saved_step:
             return
         self.saved_step = self.step
-        state = {"position": to_dict(self.passes.position(self.step)), "summary": self.summary.gather(self.passes)}
+        state = State(position=self.passes.position(self.step), summary=self.account.gather(self.passes))
         self.writer.save(
             step=self.step,
             sharded=self.hybrid.sharded,
             engine=self.engine,
-            state=state,
+            state=to_dict(state),
             config=to_dict(self.config),
             plan=self.plan,
         )
@@ -200,139 +224,3 @@ class Trainer:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Key dropout by (seed, step, rank)."""
     torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) % 2**63)
-
-
-def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict) -> dict[str, Any]:
-    """Run `predict` over a stream and compute every metric, and how fast it went. Collective.
-
-    Args:
-        tasks: label of each task.
-        predict: iterator of batches -> iterator of (batch, output with `logits`).
-    """
-    started, schema = time.monotonic(), prepared.schema
-    evaluation = Evaluation(schema.domains.names, list(tasks), prepared.config.evaluate.ndcg_at)
-    for batch, output in predict(stream.batches(epoch=0)):
-        for task, label in tasks.items():
-            gains = batch.labels[label]
-            evaluation.add(
-                task,
-                torch.sigmoid(output["logits"][task].float()),
-                gains / schema.labels[label].maximum,
-                gains,
-                batch.label_valid[label] & batch.valid,
-                batch.domain,
-                batch.user,
-                batch.query,
-                batch.row,
-            )
-    metrics = evaluation.compute()
-    seconds = time.monotonic() - started
-    rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.reader.index.rows / seconds, 1)}
-    return {"rates": rates, **metrics}
-
-
-def train(config: Config) -> Path:
-    """Train a config under torchrun, or alone, from its last good checkpoint if it has one.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        UserError: config or data are at fault; before any process group where that can be known.
-        Stopped: a rank was told to stop; the same config goes on.
-    """
-    quieten()
-    folder = find_earlier(config)
-    prepared = prepare(config)
-    device = choose_device(config)
-    with process_group(config, device) as process:
-        earlier = checkpoint.last_good(folder / "checkpoints") if folder else None
-        if config.data.from_watermark and not earlier:
-            raise UserError(
-                f"data.from_watermark trains on what was appended since a checkpoint, and {config.run_folder} has "
-                "none: train it without that key first."
-            )
-        trainer = Trainer(prepared, process, earlier)
-        folder = config.run_folder
-        tracker = NoTracker()
-        if process.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, folder / "config.yaml")
-            (folder / "plan.json").write_text(json.dumps(trainer.plan, indent=1))
-            tracker = Tracker(folder, trainer.step)
-            if earlier:
-                print(_how_it_goes_on(earlier, trainer), file=sys.stderr)
-        torch.distributed.barrier()  # the folder is there
-        try:
-            rates = trainer.train(tracker)
-            trainer.save()
-            split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
-            result = trainer.evaluate(split)
-            tracker.evaluation(trainer.step, result)
-            trainer.writer.wait()
-        finally:
-            tracker.close()
-        summary = trainer.summary.gather(trainer.passes)
-        if process.is_main:
-            rates |= result["rates"]
-            (folder / "summary.json").write_text(json.dumps({"steps": trainer.step, **summary}, indent=1))
-            write_evaluation(folder, {"split": split, "step": trainer.step, **result, "rates": rates})
-    return folder
-
-
-def _check_something_is_left(config: Config, passes: Passes) -> None:
-    """Refuse to go on with a run that is through, unless its evaluation is missing."""
-    path = config.run_folder / "evaluation.json"
-    if not passes.finished or not path.exists() or json.loads(path.read_text())["step"] != passes.start_step:
-        return
-    if config.data.from_watermark:
-        raise UserError(
-            f"nothing was appended to {config.data.train} since generation {passes.opened[-1].upto}, which "
-            f"{config.run_folder} has been trained on."
-        )
-    raise UserError(
-        f"{config.run_folder} holds a finished run: choose another --run.name, remove that folder, or raise "
-        "train.epochs or train.steps to go on with it."
-    )
-
-
-def _plan_to_keep(earlier: Saved | None, process: Process, config: Config) -> dict[str, Any] | None:
-    """The checkpoint's plan where it still holds: the same ranks, the same wishes."""
-    if earlier is None or earlier.manifest.environment["world size"] != process.world_size:
-        return None
-    asked = [change.key for change in changes(earlier.manifest.config, to_dict(config))]
-    return None if any(key.startswith("tables.") for key in asked) else earlier.manifest.plan
-
-
-def _how_it_goes_on(earlier: Saved, trainer: Trainer) -> str:
-    manifest = earlier.manifest
-    changed = changes(manifest.config, to_dict(trainer.config))
-    said = differences(manifest.environment, checkpoint.environment(), changed)
-    if manifest.plan != trainer.plan:
-        said.append("the sharding plan")
-    said += trainer.converted
-    exact = "bit for bit as without the interruption" if not said else "not bit for bit, for these differ:"
-    passed = [f"dist-rec: passed over: {fault}" for fault in earlier.passed_over]
-    return "\n".join(
-        [
-            *passed,
-            f"dist-rec: going on from {earlier.folder.name} {exact}",
-            *(f"  - {difference}" for difference in said),
-        ]
-    )
-
-
-def write_evaluation(folder: Path, entry: dict[str, Any]) -> None:
-    """evaluation.json of the run folder: split, step, rates, overall, domains.
-
-    Evaluated again, the split it holds is replaced and the rates of training stay; another split
-    goes to evaluation-<split>.json beside it.
-    """
-    path = folder / "evaluation.json"
-    if path.exists():
-        held = json.loads(path.read_text())
-        if held["split"] == entry["split"]:
-            entry = {**entry, "rates": {**held["rates"], **entry["rates"]}}
-        else:
-            path = folder / f"evaluation-{entry['split']}.json"
-    path.write_text(json.dumps(entry, indent=1))

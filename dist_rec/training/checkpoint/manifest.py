@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -140,6 +141,8 @@ def environment() -> dict[str, str | int]:
     """What must be equal for two runs to be equal to the bit, by name."""
     found: dict[str, str | int] = {
         "world size": dist.get_world_size() if dist.is_initialized() else 1,
+        "ranks of a host": int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        "backend": dist.get_backend() if dist.is_initialized() else "none",
         "threads": torch.get_num_threads(),
     }
     for package in ("torch", "fbgemm-gpu-cpu", "fbgemm-gpu", "torchrec", "deepspeed"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from ...files import write_text
 from .folder import LATEST, checkpoints, latest, name_of, remove
 from .manifest import FORMAT, STATE_NAME, FileInfo, Manifest, TensorInfo, manifest_text
 
@@ -28,16 +29,6 @@ FAULT = "fault"
 def result_path(partial: Path, rank: int) -> Path:
     """Where a rank says what it has written, or why it could not."""
     return partial / f"rank-{rank:05d}.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Put a file into place whole, down to the disk."""
-    beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
 
 
 def _fsync_folder(path: Path) -> None:

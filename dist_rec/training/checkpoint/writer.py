@@ -21,11 +21,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from ...config import CheckpointConfig
 from ...errors import UserError
+from ...files import write_text
 from ...strict import to_dict
 from .contents import contents_of
 from .folder import name_of, sweep
 from .manifest import DENSE, TABLES, environment
-from .publish import FAULT, Publisher, result_path, say_not_written, write_text
+from .publish import FAULT, Publisher, result_path, say_not_written
 from .tensor_file import Entry, write_tensors
 
 # Of the memory that is free, what a copy may take; the rest is for what training itself still needs.

@@ -1,0 +1,45 @@
+"""Small files that are there whole or not at all, and a folder that one job has to itself. Knows no formats."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO
+
+from .errors import UserError
+
+# A job that was told to stop may still be saving.
+LOCK_SECONDS = 60.0
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a file into place whole, down to the disk."""
+    beside = path.with_name(f".{path.name}.partial")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Have `folder` to oneself, by a lock file beside it, until that is closed or the process ends.
+
+    Raises:
+        UserError: another process has it, and keeps it.
+    """
+    file = folder.with_name(f".{folder.name}.lock").open("ab")
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder} is being written by another job, for {LOCK_SECONDS:.0f} s at least: stop that one, or "
+                    "choose another --run.name."
+                ) from None
+        time.sleep(0.2)

@@ -1,0 +1,69 @@
+"""Evaluating a split, and evaluation.json of the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.stream import Stream
+from ..files import write_text
+from .metrics import Evaluation
+from .setup import Prepared
+
+FILE_NAME = "evaluation.json"
+
+
+def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict) -> dict[str, Any]:
+    """Run `predict` over a stream and compute every metric, and how fast it went. Collective.
+
+    Args:
+        tasks: label of each task.
+        predict: iterator of batches -> iterator of (batch, output with `logits`).
+    """
+    started, schema = time.monotonic(), prepared.schema
+    evaluation = Evaluation(schema.domains.names, list(tasks), prepared.config.evaluate.ndcg_at)
+    for batch, output in predict(stream.batches(epoch=0)):
+        for task, label in tasks.items():
+            gains = batch.labels[label]
+            evaluation.add(
+                task,
+                torch.sigmoid(output["logits"][task].float()),
+                gains / schema.labels[label].maximum,
+                gains,
+                batch.label_valid[label] & batch.valid,
+                batch.domain,
+                batch.user,
+                batch.query,
+                batch.row,
+            )
+    metrics = evaluation.compute()
+    seconds = time.monotonic() - started
+    rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.reader.index.rows / seconds, 1)}
+    return {"rates": rates, **metrics}
+
+
+def read_evaluation(folder: Path) -> dict[str, Any] | None:
+    """What evaluation.json of a run holds; None where there is none that can be read."""
+    try:
+        held = json.loads((folder / FILE_NAME).read_text())
+        return held if isinstance(held, dict) and {"split", "step", "rates"} <= held.keys() else None
+    except (OSError, ValueError):
+        return None
+
+
+def write_evaluation(folder: Path, entry: dict[str, Any], of_training: bool = False) -> None:
+    """evaluation.json of the run folder: split, step, rates, overall, domains.
+
+    What training ends with always stands there. Evaluated again, the split it holds is replaced and
+    the rates of training stay; another split goes to evaluation-<split>.json beside it.
+    """
+    path, held = folder / FILE_NAME, None if of_training else read_evaluation(folder)
+    if held is not None and held["split"] == entry["split"]:
+        entry = {**entry, "rates": {**held["rates"], **entry["rates"]}}
+    elif held is not None:
+        path = folder / f"evaluation-{entry['split']}.json"
+    write_text(path, json.dumps(entry, indent=1))

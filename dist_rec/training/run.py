@@ -1,0 +1,94 @@
+"""`dist-rec train`: one run folder, from a new run or an earlier one's last good checkpoint to its evaluation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..config import Config, save_config
+from ..errors import UserError
+from ..files import lock, write_text
+from ..strict import to_dict
+from . import checkpoint
+from .checkpoint import Saved
+from .evaluation import write_evaluation
+from .process import choose_device, process_group, quieten
+from .resume import changes, differences, find_earlier
+from .setup import agree_on_index, prepare
+from .tracking import NoTracker, Tracker
+from .trainer import Trainer
+
+
+def train(config: Config) -> Path:
+    """Train a config under torchrun, or alone, from its last good checkpoint if it has one.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: config or data are at fault; before any process group where that can be known.
+        Stopped: a rank was told to stop; the same config goes on.
+    """
+    quieten()
+    folder = config.run_folder
+    find_earlier(config)
+    prepared = prepare(config)
+    device = choose_device(config)
+    with process_group(config, device) as process:
+        has_earlier = [False]
+        if process.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder)  # noqa: F841  until the process ends
+            has_earlier = [find_earlier(config) is not None]
+        torch.distributed.broadcast_object_list(has_earlier)
+        for split in prepared.indexes:
+            agree_on_index(prepared, split)
+        earlier = checkpoint.last_good(folder / "checkpoints") if has_earlier[0] else None
+        if config.data.from_watermark and not earlier:
+            raise UserError(
+                f"data.from_watermark trains on what was appended since a checkpoint, and {folder} has none: train it "
+                "without that key first."
+            )
+        trainer = Trainer(prepared, process, earlier)
+        tracker = NoTracker()
+        if process.is_main:
+            save_config(config, folder / "config.yaml")
+            write_text(folder / "plan.json", json.dumps(trainer.plan, indent=1))
+            tracker = Tracker(folder, trainer.step)
+            if earlier:
+                print(_how_it_goes_on(earlier, trainer), file=sys.stderr)
+        try:
+            rates = trainer.train(tracker)
+            split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
+            result = trainer.evaluate(split)
+            tracker.evaluation(trainer.step, result)
+        finally:
+            tracker.close()
+        summary = trainer.account.gather(trainer.passes)
+        if process.is_main:
+            rates |= result["rates"]
+            write_text(folder / "summary.json", json.dumps({"steps": trainer.step, **to_dict(summary)}, indent=1))
+            entry = {"split": split, "step": trainer.step, **result, "rates": rates}
+            write_evaluation(folder, entry, of_training=True)
+    return folder
+
+
+def _how_it_goes_on(earlier: Saved, trainer: Trainer) -> str:
+    manifest = earlier.manifest
+    changed = changes(manifest.config, to_dict(trainer.config))
+    said = differences(manifest.environment, checkpoint.environment(), changed, trainer.config.dense.schedule)
+    if manifest.plan != trainer.plan:
+        said.append("the sharding plan")
+    said += trainer.converted
+    exact = "bit for bit as without the interruption" if not said else "not bit for bit, for these differ:"
+    passed = [f"dist-rec: passed over: {fault}" for fault in earlier.passed_over]
+    return "\n".join(
+        [
+            *passed,
+            f"dist-rec: going on from {earlier.folder.name} {exact}",
+            *(f"  - {difference}" for difference in said),
+        ]
+    )
