@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -42,4 +43,7 @@ def lock(folder: Path) -> IO[bytes]:
                     f"{folder} is being written by another job, for {LOCK_SECONDS:.0f} s at least: stop that one, or "
                     "choose another --run.name."
                 ) from None
+        except OSError as error:
+            print(f"dist-rec: {file.name} cannot be locked ({error}): see to it that one job runs.", file=sys.stderr)
+            return file
         time.sleep(0.2)

@@ -223,9 +223,9 @@ def test_on_a_full_disk_training_goes_on_and_nothing_is_lost(small, tmp_path):
 
 
 def test_sigterm_to_one_rank_s_job_saves_and_ends(small, tmp_path):
-    config = write_config(tmp_path, small)
+    config = write_config(tmp_path, small, data={"valid": small})
     run = tmp_path / "runs" / "run"
-    job = start(command(config, "--train.epochs", 10**6))
+    job = start(command(config, "--train.epochs", 10**6, "--train.evaluate_every", 1))
     try:
         deadline = time.monotonic() + SECONDS
         while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
@@ -238,6 +238,11 @@ def test_sigterm_to_one_rank_s_job_saves_and_ends(small, tmp_path):
     assert job.returncode == 143 and err.startswith("dist-rec: stopped by SIGTERM after step "), err
     done = max(losses(run))
     assert checkpoint.find(run).name == f"step-{done:08d}"
+    train(config, "--train.epochs", 10**6, "--train.evaluate_every", 1, "--train.steps", done + 2)
+    lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+    assert [line["step"] for line in lines if "evaluation" in line] == list(range(1, done + 3))
+    epochs = [line["epoch"] for line in lines if "epoch" in line]
+    assert epochs == list(range((done + 1) // EPOCH + 1))
 
 
 @pytest.mark.parametrize("told", ["agent and ranks", "ranks, by the agent's death"])

@@ -41,7 +41,7 @@ def train(config: Config) -> Path:
         has_earlier = [False]
         if process.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            held = lock(folder)  # noqa: F841  until the process ends
+            held = lock(folder)  # noqa: F841  for as long as this function runs
             has_earlier = [find_earlier(config) is not None]
         torch.distributed.broadcast_object_list(has_earlier)
         for split in prepared.indexes:
