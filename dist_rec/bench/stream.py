@@ -27,12 +27,11 @@ from rich.table import Table
 
 from ..data.batch import Batch
 from ..data.blocks import read_columns
-from ..data.index import Index
+from ..data.index import TAR_UNIT, Index
 from ..data.order import Order
 from ..data.reader import ShardReader
 from ..data.rows import Rows
 from ..data.stream import Stream
-from ..data.validate import TAR_UNIT
 from ..errors import UserError
 from .invented import SCHEMA, invent, write_shards
 from .peers import PEERS

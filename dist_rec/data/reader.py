@@ -13,11 +13,11 @@ from webdataset.tariterators import tar_file_iterator
 
 from ..errors import UserError
 from .blocks import decode_block
-from .index import Index, join
+from .index import TAR_UNIT, Index, join
 from .prefetch import Prefetch
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 from .rows import Rows
-from .validate import TAR_UNIT, WrongSchema, check_member, member_payload
+from .validate import WrongSchema, check_member, member_payload
 
 # How many lost blocks the last message names; `lost_summary` has them all.
 MOST_NAMED = 10

@@ -1,4 +1,4 @@
-"""What must hold before bytes from elsewhere are decoded: tar members, Arrow streams, the numbers of an index.
+"""What must hold before bytes from elsewhere are decoded: tar members and Arrow streams.
 
 A data set may be damaged or made to do damage. So no size that the input claims decides an
 allocation before it was compared with the bytes that are there, and nothing is expanded,
@@ -7,26 +7,15 @@ unpickled or followed elsewhere. Knows neither rows nor how bytes arrive.
 
 from __future__ import annotations
 
-import re
 import struct
 import tarfile
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from isal.isal_zlib import crc32  # zlib's checksum, ten times as fast
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .index import BlockInfo, Index, ShardInfo
-
-TAR_UNIT = 512
-LARGEST_BLOCK = 256 << 20
-LARGEST_TABLE = 2**63 - 1
-# What a builder writes: no path, no URL, no hidden file.
-FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+from .index import TAR_UNIT, BlockInfo
 
 
 class WrongSchema(UserError):
@@ -197,72 +186,3 @@ def _pairs(data: bytes, table: int, number: int) -> np.ndarray:
     if start + 4 + 16 * n > len(data):
         raise pa.ArrowInvalid("its metadata points outside itself")
     return np.frombuffer(data, "<i8", 2 * n, start + 4).reshape(n, 2)
-
-
-def check_index(index: Index, path: str) -> None:
-    """Check what the types of an index do not say: names, places, and that its rows fit its bytes.
-
-    Args:
-        path: of the index, for messages.
-
-    Raises:
-        UserError: the first fault.
-    """
-    schema = index.schema
-    for what, held, needed in (
-        ("statistics", index.statistics, schema.features),
-        ("label_counts", index.label_counts, schema.labels),
-    ):
-        if held.keys() != needed.keys():
-            wrong = ", ".join(sorted(held.keys() ^ needed.keys())[:9])
-            raise UserError(f"{path}: {what} and the schema do not name the same: {wrong}.")
-    for table, size in schema.table_sizes().items():
-        if size > LARGEST_TABLE:
-            raise UserError(f"{path}: the vocabulary of {table!r} has more rows than ids can count.")
-    row_bytes = _least_row_bytes(index)
-    domains, files = set(schema.domains.names), set()
-    for shard in index.shards:
-        place = f"{path}: shard {shard.file[:99]!r}"
-        if not FILE_NAME.fullmatch(shard.file):
-            raise UserError(f"{place} is not a plain file name.")
-        if shard.file in files:
-            raise UserError(f"{place} is listed twice.")
-        files.add(shard.file)
-        if shard.domain not in domains:
-            raise UserError(f"{place} is of domain {shard.domain[:99]!r}, which the schema does not name.")
-        if not SHA256.fullmatch(shard.sha256):
-            raise UserError(f"{place}: its sha256 is no SHA-256.")
-        _check_blocks(shard, place, row_bytes)
-
-
-def _check_blocks(shard: ShardInfo, place: str, row_bytes: int) -> None:
-    end, names = 0, set()
-    for block in shard.blocks:
-        where = f"{place}, block {block.name[:99]!r}"
-        if not FILE_NAME.fullmatch(block.name) or block.name in names:
-            raise UserError(f"{where} is not a plain file name, or there twice.")
-        names.add(block.name)
-        if block.offset < end or block.offset % TAR_UNIT or block.bytes % TAR_UNIT:
-            raise UserError(f"{where} overlaps the one before, or is not in units of {TAR_UNIT} bytes as tars are.")
-        end = block.offset + block.bytes
-        if end > shard.bytes:
-            raise UserError(f"{where} ends beyond the shard's {shard.bytes} bytes.")
-        if block.bytes > LARGEST_BLOCK:
-            raise UserError(
-                f"{where} has {block.bytes:,} bytes; blocks are read whole, so at most {LARGEST_BLOCK:,} are "
-                "taken: build the data set with fewer --block-rows."
-            )
-        if block.rows * row_bytes > block.bytes:
-            raise UserError(f"{where} claims {block.rows} rows, more than its {block.bytes} bytes can hold.")
-        if block.crc32 >= 2**32:
-            raise UserError(f"{where}: its crc32 is no CRC-32.")
-        if block.time and block.time[0] > block.time[1]:
-            raise UserError(f"{where}: its times end before they begin.")
-
-
-def _least_row_bytes(index: Index) -> int:
-    """Bytes that any row takes in a block: its scalars and list offsets, null or not."""
-    schema = index.schema
-    keys = [schema.keys.user, schema.keys.query, schema.keys.time]
-    per_feature = (4 * f.width if f.kind == "dense" else 4 for f in schema.features.values())
-    return sum(per_feature) + 4 * len(schema.labels) + 8 * sum(key is not None for key in keys)
