@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in the project's own environment, which it builds if need be.
 #
-#   bash launchers/test.sh                      everything
+#   bash launchers/test.sh                      everything but what takes many minutes
+#   bash launchers/test.sh -m long              that: every plan to every plan
 #   bash launchers/test.sh -m 'not slow' -x     arguments go to pytest
 #
 #   DIST_REC_RAW       folder with the raw public data sets; default ../shared/data. Tests that need it say so.

@@ -122,6 +122,7 @@ def test_any_plan_to_any_plan_of_hosts(by_hosts):
     check(by_hosts, len(FROM_ONE_HOST) + 2 * len(BY_HOSTS))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
