@@ -69,7 +69,7 @@ def write_data_set(root: Path, texts: list[str], tokenizer: str | None = REAL, m
     if tokenizer:
         fingerprint = tokenizer_fingerprint(resolve_model_folder(tokenizer))
         info = {"name": tokenizer, "fingerprint": fingerprint, "max_length": max_length}
-    block = {"name": "0", "rows": 1, "offset": 0, "bytes": 1, "crc32": 0}
+    block = {"name": "0", "rows": 1, "offset": 0, "bytes": 1024, "crc32": 0}
     for split in ("train", "test"):
         tree = {
             "format": "dist_rec/1",
@@ -82,9 +82,9 @@ def write_data_set(root: Path, texts: list[str], tokenizer: str | None = REAL, m
                 "labels": {"click": {}},
             },
             "tokenizer": info,
-            "statistics": {},
-            "label_counts": {},
-            "shards": [{"file": "0.tar", "domain": "films", "bytes": 1, "sha256": "", "blocks": [block]}],
+            "statistics": {"title": {"null_share": 0.0, "mean_length": 1.0, "max_length": 1}},
+            "label_counts": {"click": {"valid": 1, "positive": 0, "missing": 0}},
+            "shards": [{"file": "0.tar", "domain": "films", "bytes": 1024, "sha256": "0" * 64, "blocks": [block]}],
         }
         (root / split).mkdir(exist_ok=True)
         write_index(str(root / split), from_dict(Index, tree, "test"))
