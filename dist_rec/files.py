@@ -15,14 +15,27 @@ from .errors import UserError
 LOCK_SECONDS = 60.0
 
 
-def write_text(path: Path, text: str) -> None:
+def sync(path: Path) -> None:
+    """Put on disk what a file holds, or which names a folder holds."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Put a file into place whole, down to the disk."""
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    beside.write_bytes(data)
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
 
 
 def lock(folder: Path) -> IO[bytes]:

@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
+from ..files import sync
 from ..schema import Schema
 from ..text.paths import tokenizer_file
 from . import steps
 from .blocks import TEXT
 from .casts import literal
-from .index import INDEX_NAME, Index, TokenizerInfo, read_index, sync, write_index
+from .index import INDEX_NAME, Index, TokenizerInfo, read_index, write_index
 from .sources import Join, files_of
 from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
 from .writer import DatasetWriter

@@ -6,7 +6,6 @@ is no data set: it is written last, and renamed into place. Knows files, not ten
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from ..errors import UserError
+from ..files import write_bytes
 from ..schema import Schema
 from ..strict import from_dict, parse_json, strict
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
@@ -237,17 +237,4 @@ def _least_row_bytes(index: Index) -> int:
 def write_index(root: str, index: Index) -> None:
     """Publish `index` at the local folder `root`: written beside, then renamed; on disk when this returns."""
     path = Path(root, INDEX_NAME)
-    partial = path.with_name(INDEX_NAME + ".partial")
-    partial.write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Put on disk what a file holds, or which names a folder holds."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    write_bytes(path, TypeAdapter(Index).dump_json(index, indent=1))

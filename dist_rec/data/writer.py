@@ -10,9 +10,10 @@ import hashlib
 import re
 from pathlib import Path
 
+from ..files import sync
 from ..schema import Schema
 from .encode import EncodedBlock, FeatureCounts
-from .index import BlockInfo, FeatureStatistics, Index, ShardInfo, TokenizerInfo, sync
+from .index import BlockInfo, FeatureStatistics, Index, ShardInfo, TokenizerInfo
 
 
 def file_stems(domains: list[str]) -> list[str]:

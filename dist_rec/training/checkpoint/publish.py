@@ -6,7 +6,6 @@ Talks to the other ranks through files alone, for a collective in a thread would
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import write_text
+from ...files import sync, write_text
 from .folder import LATEST, checkpoints, latest, name_of, remove
 from .manifest import FORMAT, STATE_NAME, FileInfo, Manifest, TensorInfo, manifest_text
 
@@ -29,14 +28,6 @@ FAULT = "fault"
 def result_path(partial: Path, rank: int) -> Path:
     """Where a rank says what it has written, or why it could not."""
     return partial / f"rank-{rank:05d}.json"
-
-
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def say_not_written(folder: Path, step: int, fault: str) -> None:
@@ -154,12 +145,12 @@ class Publisher(threading.Thread):
         for rank in range(self.ranks):
             result_path(self.partial, rank).unlink(missing_ok=True)
         for folder in (*{(self.partial / name).parent for name in manifest.files}, self.partial):
-            _fsync_folder(folder)
+            sync(folder)
         if self.final.exists():
             remove(self.final, self.token)
         self.partial.rename(self.final)
         write_text(self.folder / LATEST, self.final.name + "\n")
-        _fsync_folder(self.folder)
+        sync(self.folder)
 
     def _retain(self) -> None:
         """Keep the newest; what is newer still was left by a run that went on from an earlier step."""
