@@ -22,21 +22,18 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from hybrids import make_hybrid
 from safetensors.torch import load_file, save_file
 from whole import full_optimizer_state, full_parameters
 
 from dist_rec.config import Config
-from dist_rec.embeddings.planner import describe_plan
 from dist_rec.embeddings.sharding import table_weights
 from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint import writer as writing
-from dist_rec.training.collectives import DistributedReduction
-from dist_rec.training.engine import make_engine
-from dist_rec.training.hybrid import Hybrid
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import build_model, build_tables, build_training_stream, prepare
+from dist_rec.training.setup import prepare
 
 GATE = threading.Event()
 SEQUENCE_TYPES = ("row_wise", "table_wise", "column_wise")
@@ -57,22 +54,6 @@ def config_of(data, layout, text_model="", write="background"):
         },
         layout,
     )
-
-
-def make(config, process):
-    """A fresh hybrid with its stream and plan."""
-    prepared = prepare(config)
-    stream = build_training_stream(prepared, process.rank, process.world_size)
-    tables, sharded, plan = build_tables(prepared, process, stream.batch_rows)
-    engine = make_engine(
-        build_model(prepared, DistributedReduction()),
-        config.dense,
-        config.text,
-        stream.batch_rows,
-        process.world_size,
-        process.device,
-    )
-    return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0), describe_plan(plan)
 
 
 def train(stream, hybrid, first, steps):
@@ -138,7 +119,7 @@ def averaged(wanted, found, shards, faults):
 
 
 def save(config, process, folder, name):
-    stream, hybrid, plan = make(config, process)
+    stream, hybrid, plan = make_hybrid(prepare(config), process)
     first = 0 if name == "untrained" else 3
     train(stream, hybrid, 0, first)
     writer = checkpoint.Writer(folder / name, config.checkpoint)
@@ -158,7 +139,7 @@ def save(config, process, folder, name):
 
 
 def load(config, process, folder, name):
-    stream, hybrid, plan = make(config, process)
+    stream, hybrid, plan = make_hybrid(prepare(config), process)
     train(stream, hybrid, 5, 1)
     saved = checkpoint.last_good(folder / name)
     assert saved.manifest.state == {"name": name}
@@ -177,7 +158,7 @@ def load(config, process, folder, name):
 
 def faults(config, process, folder, name):
     """Three saves fail, each after one that works."""
-    stream, hybrid, plan = make(config, process)
+    stream, hybrid, plan = make_hybrid(prepare(config), process)
     folder = folder / name
     writer = checkpoint.Writer(folder, config.checkpoint)
     GATE.set()
@@ -237,7 +218,7 @@ def faults(config, process, folder, name):
 
 def hang(config, process, folder, name):
     """Save step 1; of step 2, rank 1 writes all and rank 0 nothing, for ever."""
-    stream, hybrid, plan = make(config, process)
+    stream, hybrid, plan = make_hybrid(prepare(config), process)
     writer = checkpoint.Writer(folder / name, config.checkpoint)
     GATE.set()
     writer.save(1, hybrid.sharded, hybrid.engine, state={}, config={}, plan=plan)
@@ -251,7 +232,7 @@ def hang(config, process, folder, name):
 
 def again(config, process, folder, name):
     """The next start after `hang`."""
-    stream, hybrid, plan = make(config, process)
+    stream, hybrid, plan = make_hybrid(prepare(config), process)
     GATE.set()
     checkpoint.Writer(folder / name, config.checkpoint)
     return [] if checkpoint.last_good(folder / name).step == 1 else ["no checkpoint"]

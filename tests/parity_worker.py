@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from hybrids import make_hybrid
 from whole import full_parameters
 
 from dist_rec.config import Config, apply_overrides
@@ -29,11 +30,9 @@ from dist_rec.embeddings.tables import EmbeddingTables, initial_rows
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import setup
-from dist_rec.training.collectives import DistributedReduction
-from dist_rec.training.engine import make_engine, parameter_groups
-from dist_rec.training.hybrid import Hybrid
+from dist_rec.training.engine import parameter_groups
 from dist_rec.training.process import choose_device, process_group
-from dist_rec.training.setup import build_model, build_tables, build_training_stream, prepare
+from dist_rec.training.setup import build_model, build_training_stream, prepare
 
 RATE = 0.5
 CUTS_OF_ROWS = {"column_wise", "table_column_wise", "grid_shard"}
@@ -75,21 +74,6 @@ class Reference:
         return output["losses"]
 
 
-def make_hybrid(prepared, process):
-    config = prepared.config
-    stream = build_training_stream(prepared, process.rank, process.world_size)
-    tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
-    engine = make_engine(
-        build_model(prepared, DistributedReduction()),
-        config.dense,
-        config.text,
-        stream.batch_rows,
-        process.world_size,
-        process.device,
-    )
-    return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
-
-
 def whole(hybrid):
     """Every parameter of the hybrid, whole, by name; buffers, such as a language model's positions, do not train."""
     trained = {name for name, _ in hybrid.engine.module.named_parameters()}
@@ -114,7 +98,7 @@ def copy(parameters):
 
 
 def check_sgd(prepared, process, layout):
-    stream, hybrid = make_hybrid(prepared, process)
+    stream, hybrid, _ = make_hybrid(prepared, process)
     reference = Reference(prepared, process.device)
     start = copy(reference.parameters())
     batches = stream.batches(0, 0, 3)
@@ -137,7 +121,7 @@ def reread_plan(tables, specs, **arguments):
 
 def check_adaptive(prepared, process, layout):
     with mock.patch.object(setup, "make_plan", reread_plan):
-        stream, hybrid = make_hybrid(prepared, process)
+        stream, hybrid, _ = make_hybrid(prepared, process)
     reference = Reference(prepared, process.device)
     done, worst = 0, 0.0
     for epoch in range(20):
