@@ -11,7 +11,8 @@ import sys
 import torch
 
 from dist_rec.config import Config
-from dist_rec.embeddings.planner import describe_plan, make_plan
+from dist_rec.embeddings.description import describe_plan
+from dist_rec.embeddings.planner import make_plan
 from dist_rec.embeddings.sharding import attach_optimizer, shard
 from dist_rec.embeddings.tables import EmbeddingTables
 from dist_rec.errors import UserError

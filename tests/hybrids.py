@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_rec.embeddings.planner import describe_plan
+from dist_rec.embeddings.description import describe_plan
 from dist_rec.training.collectives import DistributedReduction
 from dist_rec.training.engine import make_engine
 from dist_rec.training.hybrid import Hybrid

@@ -24,7 +24,8 @@ from hybrids import make_hybrid
 from whole import full_parameters
 
 from dist_rec.config import Config, apply_overrides
-from dist_rec.embeddings.planner import describe_plan, make_plan, plan_from_description
+from dist_rec.embeddings.description import describe_plan, plan_from_description
+from dist_rec.embeddings.planner import make_plan
 from dist_rec.embeddings.sharding import OPTIMIZERS, optimizer_arguments, table_weights
 from dist_rec.embeddings.tables import EmbeddingTables, initial_rows
 from dist_rec.layers.reduction import Reduction

@@ -49,7 +49,7 @@ def test_every_fault_is_said_at_once_with_the_nearest_key():
         "data.weights.tiny: Input should be a finite number",
         "tables.dim: Input should be greater than or equal to 4 (got 0)",
         "tables.overrides.item_id.dmi: unknown key. Did you mean 'dim'?",
-        "tables.overrides.item_id.sharding: Input should be 'auto', 'table_wise', 'column_wise', 'row_wise'",
+        "tables.overrides.item_id.sharding: Input should be 'auto', 'data_parallel', 'table_wise'",
         "model.body.experts: Input should be a valid integer",
         "model.body.expert_hidden.1: Input should be greater than or equal to 1 (got 0)",
         "model.tasks.ctr.wieght: unknown key. Did you mean 'weight'?",

@@ -13,7 +13,9 @@ from conftest import ROOT, kill_family, run_hosts, start
 
 from dist_rec.config import Config, TablesConfig
 from dist_rec.embeddings import planner
-from dist_rec.embeddings.planner import SHARDING_TYPES, describe_plan, make_plan, plan_from_description
+from dist_rec.embeddings.description import describe_plan, plan_from_description
+from dist_rec.embeddings.planner import make_plan
+from dist_rec.embeddings.sharders import SHARDING_TYPES
 from dist_rec.embeddings.sharding import attach_optimizer
 from dist_rec.embeddings.tables import EmbeddingTables, table_specs
 from dist_rec.errors import UserError

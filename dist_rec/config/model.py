@@ -12,16 +12,59 @@ from ..strict import strict
 Width = Annotated[int, Field(ge=1)]
 
 ShardingName = Literal[
-    "auto", "table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard"
+    "auto",
+    "data_parallel",
+    "table_wise",
+    "column_wise",
+    "row_wise",
+    "table_row_wise",
+    "table_column_wise",
+    "grid_shard",
 ]
+KernelName = Literal["fused", "fused_uvm", "fused_uvm_caching"]
+PrecisionName = Literal["fp32", "fp16"]
+# What an override may say of a vocabulary, one at a time.
+VOCABULARY_KEYS = ("size", "hash", "managed")
 
 
 @strict
 class TableConfig:
-    """What one table does differently. `None` takes the common value of `tables`."""
+    """What one table does differently. `None` takes the common value of `tables`, or the schema's vocabulary.
+
+    * `size`: N rows; an id of N or more ends the run in words.
+    * `hash`: N rows; an id goes to row hash(id) modulo N.
+    * `managed`: N rows under managed collision: every id gets a row of its own, cold ones are evicted.
+    """
 
     dim: int | None = Field(default=None, ge=4, multiple_of=4)
     sharding: ShardingName | None = None
+    precision: PrecisionName | None = None
+    kernel: KernelName | None = None
+    size: int | None = Field(default=None, ge=1)
+    hash: int | None = Field(default=None, ge=1)
+    managed: int | None = Field(default=None, ge=2)
+
+    @model_validator(mode="after")
+    def _one_vocabulary(self):
+        given = [key for key in VOCABULARY_KEYS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two kinds of vocabulary: give one of them")
+        return self
+
+
+@strict
+class ManagedConfig:
+    """Managed collision (TorchRec's MCH), for tables with `overrides.*.managed`.
+
+    * `policy`: which ids lose their rows: the least frequent (lfu), the least recently seen (lru), or those of the
+      smallest count divided by steps-since-seen ** `decay` (distance_lfu).
+    * `interval`: steps between two looks at who gets a row and who loses it.
+    * `decay`: exponent of lru's and distance_lfu's distance.
+    """
+
+    policy: Literal["lfu", "lru", "distance_lfu"] = "distance_lfu"
+    interval: int = Field(default=10, ge=1)
+    decay: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 @strict
@@ -38,6 +81,13 @@ class TablesConfig:
     * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
     * `init_std`: rows start as N(0, init_std).
     * `pooling`: how several ids of one feature become one vector.
+    * `precision`: of weights in memory and in checkpoints; optimizer states are fp32.
+    * `kernel`: where weights lie: `fused` in the device's memory, `fused_uvm` in the host's, `fused_uvm_caching` in the
+      host's with a cache on the device. The last two are for CUDA.
+    * `wire`: precision of vectors and gradients between ranks.
+    * `deduplicate`: send every distinct id of a rank's batch once, for tables that a history reads.
+    * `managed`: of tables with a managed vocabulary.
+    * `plan`: file of `dist-rec plan --out`, used instead of planning anew.
     * `overrides`: per table name.
     """
 
@@ -48,6 +98,12 @@ class TablesConfig:
     eps: float = Field(default=1e-8, gt=0)
     init_std: float = Field(default=0.05, gt=0)
     pooling: Literal["mean", "sum"] = "mean"
+    precision: PrecisionName = "fp32"
+    kernel: KernelName = "fused"
+    wire: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deduplicate: bool = True
+    managed: ManagedConfig = field(default_factory=ManagedConfig)
+    plan: str | None = None
     overrides: dict[str, TableConfig] = field(default_factory=dict)
 
 

@@ -15,7 +15,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from ..config import TablesConfig
 from ..errors import UserError
-from .planner import WITHIN_HOSTS, describe_plan, sharders
+from .description import describe_plan
+from .sharders import WITHIN_HOSTS, sharders
 from .tables import EmbeddingTables, TableSpec, initial_rows
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rowwise_adagrad": RowWiseAdagrad}

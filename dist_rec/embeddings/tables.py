@@ -36,6 +36,9 @@ class TableSpec:
         features: who looks up in it, in schema order.
         sequence: whether a history does, so that vectors are not pooled.
         sharding: the sharding type that the config asks for, `auto` if the planner may choose.
+        precision: of weights, `fp32` or `fp16`.
+        kernel: `fused`, `fused_uvm` or `fused_uvm_caching`.
+        managed: whether ids get their rows by managed collision.
     """
 
     name: str
@@ -44,6 +47,9 @@ class TableSpec:
     features: tuple[str, ...]
     sequence: bool
     sharding: str
+    precision: str = "fp32"
+    kernel: str = "fused"
+    managed: bool = False
 
 
 def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> list[TableSpec]:

@@ -23,7 +23,8 @@ from ..data.order import Order, temperature_weights
 from ..data.reader import ShardReader
 from ..data.remote import Retry
 from ..data.stream import Stream
-from ..embeddings.planner import make_plan, plan_from_description
+from ..embeddings.description import plan_from_description
+from ..embeddings.planner import make_plan
 from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
 from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
 from ..errors import UserError

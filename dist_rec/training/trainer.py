@@ -10,7 +10,7 @@ import torch
 
 from ..data.index import Index
 from ..data.stream import Stream
-from ..embeddings.planner import describe_plan
+from ..embeddings.description import describe_plan
 from ..errors import Stopped, UserError
 from ..strict import to_dict
 from . import checkpoint
