@@ -17,6 +17,9 @@ from pydantic import Field, model_validator
 from .errors import UserError, nearest
 from .strict import from_dict, read_yaml, strict
 
+# Raw ids are 0 .. RAW_IDS - 1: what is not negative in 64 bits, but for the largest, which is free to mean "no id".
+RAW_IDS = 2**63 - 1
+
 Role = Literal["user", "history", "query", "item"]
 Kind = Literal["id", "ids", "dense", "text", "texts"]
 
@@ -29,15 +32,20 @@ class Vocabulary:
       kept for values that the dictionary does not know. `size` is filled in by the builder.
     * `hash`: a stable 64-bit hash modulo `size`.
     * `integer`: the value is the row, 0 <= value < `size`; anything else is an error.
+    * `raw`: the value is a 64-bit id and no row: a config's `tables.overrides` says how ids find rows, so values that
+      did not exist yesterday need nothing new. Whole numbers 0 .. `RAW_IDS` - 1 are themselves, any other value its
+      stable hash to that range. It has no size.
     """
 
-    kind: Literal["dictionary", "hash", "integer"] = "dictionary"
+    kind: Literal["dictionary", "hash", "integer", "raw"] = "dictionary"
     size: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _size_is_given(self):
-        if self.kind != "dictionary" and self.size < 1:
+        if self.kind in ("hash", "integer") and self.size < 1:
             raise ValueError(f"a vocabulary of kind '{self.kind}' needs size: <number of rows>")
+        if self.kind == "raw" and self.size:
+            raise ValueError("a vocabulary of kind 'raw' has no size: a config's tables.overrides gives its table rows")
         return self
 
 
@@ -209,7 +217,9 @@ class Schema:
         }
 
     def table_sizes(self) -> dict[str, int]:
-        """Rows of every embedding table, by table name.
+        """How many ids every table's vocabulary has, by table name: the bound of the ids in blocks.
+
+        They are the table's rows too, unless a config says otherwise; for a raw one (`RAW_IDS`) it must.
 
         Raises:
             UserError: a dictionary vocabulary has no size yet, so this schema was never built.
@@ -217,12 +227,13 @@ class Schema:
         sizes = {}
         for name, feature in self.select(kinds=("id", "ids")).items():
             if feature.shares is None:
-                if feature.vocabulary.size < 1:
+                raw = feature.vocabulary.kind == "raw"
+                if feature.vocabulary.size < 1 and not raw:
                     raise UserError(
                         f"feature {name!r} of schema {self.name!r} has no vocabulary size: "
                         "take the schema of a built data set's index.json."
                     )
-                sizes[name] = feature.vocabulary.size
+                sizes[name] = RAW_IDS if raw else feature.vocabulary.size
         return sizes
 
 

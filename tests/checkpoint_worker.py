@@ -3,10 +3,11 @@
     torchrun --standalone --nproc-per-node 2 tests/checkpoint_worker.py DATA FOLDER JOB ..
 
 A job is `KIND:NAME:LAYOUT[:TEXT MODEL[:WRITE]]`, a layout `sharding/tables' optimizer/ZeRO stage/precision/dense
-optimizer`. `save` trains 3 steps (none if NAME is `untrained`), saves, and writes all tensors whole, as the engines'
-own means assemble them, and the losses of 3 more steps. `load` fills a model that has trained something else and
-compares: everything to the bit, except row-wise momenta that had to be averaged, and the losses of other layouts.
-`faults`, `hang` and `again` are for saves that fail.
+optimizer`, where `row_wise@fp16` is a sharding of fp16 tables. `save` trains 3 steps (none if NAME is `untrained`),
+saves, and writes all tensors whole, as the engines' own means assemble them, and the losses of 3 more steps. `load`
+fills a model that has trained something else and compares: everything to the bit, except row-wise momenta that had to
+be averaged, weights that had to be rounded, and the losses of other layouts.
+`overflow` is for a load that is refused, `faults`, `hang` and `again` are for saves that fail.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import shutil
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from whole import full_optimizer_state, full_parameters
 
 from dist_rec.config import Config
-from dist_rec.embeddings.sharding import table_weights
+from dist_rec.embeddings.sharding import local_parts, table_weights
 from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
@@ -41,12 +43,20 @@ SEQUENCE_TYPES = ("row_wise", "table_wise", "column_wise")
 
 def config_of(data, layout, text_model="", write="background"):
     sharding, tables, stage, precision, dense = layout.split("/")
+    sharding, _, half = sharding.partition("@")
     overrides = {} if sharding in SEQUENCE_TYPES else {"item_id": {"sharding": "column_wise"}}
     return from_dict(
         Config,
         {
             "data": {"train": data, "batch_size": 48, "streams": 12, "shuffle_window": 64},
-            "tables": {"dim": 24, "sharding": sharding, "optimizer": tables, "init_std": 0.3, "overrides": overrides},
+            "tables": {
+                "dim": 24,
+                "sharding": sharding,
+                "precision": half or "fp32",
+                "optimizer": tables,
+                "init_std": 0.3,
+                "overrides": overrides,
+            },
             "model": {"width": 16, "history": {"dropout": 0.0, "feedforward": 16}},
             "text": {"mode": "full", "model": text_model} if text_model else {},
             "dense": {"zero_stage": int(stage), "precision": precision, "optimizer": dense},
@@ -71,37 +81,47 @@ def whole(hybrid):
     found = {f"dense.{name}": value for name, value in full_parameters(hybrid.engine).items()}
     found |= {f"dense.{name}": value for name, value in full_optimizer_state(hybrid.engine).items()}
     pieces = []
-    fused = hybrid.sharded.fused_optimizer
+    fused, replicated = hybrid.sharded.fused_optimizer, hybrid.sharded.replicated
+    # One rank speaks for the tables that all hold.
+    for name, parameter in replicated.parameters.items() if dist.get_rank() == 0 else ():
+        state = replicated.optimizer.state[parameter].get("sum")
+        values = {name: parameter} | ({} if state is None else {f"{name}.momentum1": state})
+        pieces += [(n, parameter.size(), ((0, 0), tuple(parameter.size())), value) for n, value in values.items()]
     for name, weight in table_weights(hybrid.sharded).items():
-        pieces += [(name, weight.size(), shard.metadata, shard.tensor) for shard in weight.local_shards()]
+        if name not in replicated.parameters:
+            pieces += [(name, weight.size(), (offset, size), local) for offset, size, local in local_parts(weight)]
     for parameter in fused.params.values():
         for name, state in fused.state[parameter].items():
-            for shard, local in zip(parameter.local_shards(), state.local_shards(), strict=True):
-                value = local.tensor if local.tensor.ndim == 2 else local.tensor[:, None]
-                pieces.append((name, parameter.size(), shard.metadata, value))
+            for (offset, size, _), (_, _, local) in zip(local_parts(parameter), local_parts(state), strict=True):
+                value = local if local.ndim == 2 else local[:, None]
+                pieces.append((name, parameter.size(), (offset, size), value))
     names = [None] * dist.get_world_size()
     dist.all_gather_object(names, {name: list(size) for name, size, _, _ in pieces})
     for name, size in sorted({n: tuple(s) for some in names for n, s in some.items()}.items()):
         out = torch.zeros(size)
-        for other, _, metadata, value in pieces:
+        for other, _, ((row, column), (rows, columns)), value in pieces:
             if other == name:
-                (row, column), (rows, columns) = metadata.shard_offsets, metadata.shard_sizes
                 out[row : row + rows, column : column + columns] = value.detach()
         dist.all_reduce(out)
         found[f"tables.{name}"] = out
     return found
 
 
-def compare(saved, plan, wanted, found, said):
+def compare(saved, plan, wanted, found, said, precision):
     """Names of what differs. A row-wise momentum must be the mean over the columns of the shard it lies in now."""
     faults = sorted(wanted.keys() ^ found.keys())
+    others = sorted(t for t, info in saved.manifest.tables.items() if info.kinds["weight"].dtype != precision)
+    faults += [f"{t}: in silence" for t in others if not any(f"table {t}: weights were saved as" in w for w in said)]
     for name in wanted.keys() & found.keys():
         table = name.split(".")[1]
         if name.endswith(".momentum1") and saved.manifest.tables[table].kinds["momentum1"].per_row:
-            if averaged(wanted[name], found[name], plan[table]["shards"], faults):
+            whole_table = {"offset": [0, 0], "size": list(wanted[name].shape)}
+            if averaged(wanted[name], found[name], plan[table]["shards"] or [whole_table], faults):
                 faults += [f"{name}: in silence"] if not any(table in w and "mean" in w for w in said) else []
-        elif not torch.equal(wanted[name], found[name]):
-            faults.append(name)
+        else:
+            rounded = name == f"tables.{table}" and precision == "F16"
+            if not torch.equal(wanted[name].half().float() if rounded else wanted[name], found[name]):
+                faults.append(name)
     return faults
 
 
@@ -145,15 +165,34 @@ def load(config, process, folder, name):
     assert saved.manifest.state == {"name": name}
     said = checkpoint.load_tables(saved, hybrid.sharded)
     checkpoint.load_dense_into_engine(saved, hybrid.engine)
-    faults = compare(saved, plan, load_file(folder / f"{name}.whole.safetensors"), whole(hybrid), said)
+    precision = "F16" if config.tables.precision == "fp16" else "F32"
+    faults = compare(saved, plan, load_file(folder / f"{name}.whole.safetensors"), whole(hybrid), said, precision)
     world, losses = json.loads((folder / f"{name}.losses").read_text())
     again = train(stream, hybrid, saved.step, 3)
     same = world == process.world_size and plan == saved.manifest.plan and not said
-    # In bf16 another layout rounds other sums; averaged momenta step differently.
-    close = 0.0 if same else 0.05 if config.dense.precision == "bf16" or said else 1e-4
+    # In bf16 and fp16 another layout rounds other sums; averaged momenta step differently.
+    rough = config.dense.precision == "bf16" or precision == "F16" or said
+    close = 0.0 if same else 0.05 if rough else 1e-4
     if max(abs(a - b) for a, b in zip(losses, again, strict=True)) > close:
         faults.append(f"losses {losses} became {again}")
     return faults
+
+
+def overflow(config, process, folder, name):
+    """A weight that is saved in fp32 and that fp16 cannot hold."""
+    halves, config = config, deepcopy(config)
+    config.tables.precision = "fp32"
+    _, hybrid, plan = make_hybrid(prepare(config), process)
+    for _, _, local in local_parts(table_weights(hybrid.sharded)["user_id"]):
+        local.fill_(1e6)
+    writer = checkpoint.Writer(folder / name, config.checkpoint)
+    GATE.set()
+    writer.save(1, hybrid.sharded, hybrid.engine, state={}, config={}, plan=plan)
+    writer.wait()
+    _, hybrid, _ = make_hybrid(prepare(halves), process)
+    with pytest.raises(UserError, match="table 'user_id' has weights that F16 cannot hold: keep F32"):
+        checkpoint.load_tables(checkpoint.last_good(folder / name), hybrid.sharded)
+    return []
 
 
 def faults(config, process, folder, name):
@@ -238,7 +277,7 @@ def again(config, process, folder, name):
     return [] if checkpoint.last_good(folder / name).step == 1 else ["no checkpoint"]
 
 
-JOBS = {"save": save, "load": load, "faults": faults, "hang": hang, "again": again}
+JOBS = {"overflow": overflow, "save": save, "load": load, "faults": faults, "hang": hang, "again": again}
 WRITE = writing.write_tensors
 
 

@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+from machines import cpus
 
 from dist_rec.config import Config
 from dist_rec.embeddings.description import describe_plan
@@ -29,16 +30,8 @@ def different_plans(prepared, process) -> None:
     """Shard by a plan that rank 0 alone has."""
     tables = EmbeddingTables(prepared.specs, prepared.schema, prepared.config.tables, torch.device("meta"))
     attach_optimizer(tables, prepared.config.tables)
-    plan = make_plan(
-        tables,
-        prepared.specs,
-        world_size=process.world_size,
-        local_world_size=1,
-        device=process.device,
-        batch_size=8,
-        pooling_factors={},
-        memory_bytes=2**30,
-    )
+    cluster = cpus(process.world_size, 1)
+    plan = make_plan(tables, prepared.specs, cluster, batch_size=8, pooling_factors={}).plan
     if process.is_main:
         entry = plan.plan["bags"]["user_id"]
         entry.ranks = [(entry.ranks[0] + 1) % process.world_size]

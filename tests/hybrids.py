@@ -9,11 +9,11 @@ from dist_rec.training.hybrid import Hybrid
 from dist_rec.training.setup import build_model, build_tables, build_training_stream
 
 
-def make_hybrid(prepared, process):
-    """A fresh hybrid with its stream and plan."""
+def make_hybrid(prepared, process, planned=None):
+    """A fresh hybrid with its stream and plan; with the described plan, if given."""
     config = prepared.config
     stream = build_training_stream(prepared, process.rank, process.world_size)
-    tables, sharded, plan = build_tables(prepared, process, stream.batch_rows)
+    tables, sharded, plan = build_tables(prepared, process, stream.batch_rows, planned)
     engine = make_engine(
         build_model(prepared, DistributedReduction()),
         config.dense,

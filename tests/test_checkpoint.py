@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from dist_rec.cli import main
 from dist_rec.training import checkpoint
+from dist_rec.training.checkpoint.boxes import Box
+from dist_rec.training.checkpoint.tables import Shard
 
 SECONDS = 240
 WORKER = "tests/checkpoint_worker.py"
@@ -26,6 +28,8 @@ SAVED = {
     "text": "row_wise/rowwise_adagrad/3/fp32/adamw",
     "chunks": "table_column_wise/rowwise_adagrad/1/bf16/adamw",
     "untrained": "row_wise/adagrad/2/fp32/adamw",
+    "copies": "data_parallel/rowwise_adagrad/1/fp32/adamw",
+    "halves": "row_wise@fp16/rowwise_adagrad/2/fp32/adamw",
 }
 LOADED = {
     1: {
@@ -33,6 +37,7 @@ LOADED = {
         "columns": "table_wise/rowwise_adagrad/0/fp32/adamw",
         "tables": "column_wise/adagrad/1/fp32/adamw",
         "text": "row_wise/rowwise_adagrad/0/fp32/adamw",
+        "halves": "data_parallel/rowwise_adagrad/1/fp32/adamw",
     },
     2: {
         "rows": "column_wise/rowwise_adagrad/2/bf16/adamw",
@@ -40,6 +45,8 @@ LOADED = {
         "tables": "grid_shard/adagrad/0/fp32/adamw",
         "sgd": "row_wise/sgd/3/bf16/sgd",
         "text": "table_wise/rowwise_adagrad/2/bf16/adamw",
+        "copies": "column_wise@fp16/rowwise_adagrad/3/fp32/adamw",
+        "untrained": "data_parallel/adagrad/2/fp32/adamw",
     },
     3: {
         "rows": "table_wise/rowwise_adagrad/3/fp32/adamw",
@@ -51,11 +58,14 @@ LOADED = {
         "untrained": "table_wise/adagrad/3/fp32/adamw",
         "grid": "row_wise/rowwise_adagrad/0/fp32/adamw",
         "many": "column_wise/adagrad/1/bf16/adamw",
+        "copies": "row_wise/rowwise_adagrad/2/fp32/adamw",
+        "halves": "table_row_wise@fp16/rowwise_adagrad/1/fp32/adamw",
     },
 }
 FROM_ONE_HOST = {
     "columns": "grid_shard/rowwise_adagrad/3/bf16/adamw",
     "rows": "table_row_wise/rowwise_adagrad/2/fp32/adamw",
+    "tables": "data_parallel/adagrad/1/fp32/adamw",
 }
 BY_HOSTS = {"grid": "grid_shard/rowwise_adagrad/2/bf16/adamw", "many": "table_row_wise/adagrad/3/fp32/adamw"}
 
@@ -89,6 +99,7 @@ def by_two(tmp_path_factory, data, tiny_model):
     """A checkpoint of each of `SAVED` by 2 ranks, every tensor whole beside it; and what 2 ranks make of them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     words = [*jobs("save", SAVED, tiny_model), *jobs("load", SAVED, tiny_model), *jobs("load", LOADED[2], tiny_model)]
+    words.append(f"overflow:large:{SAVED['halves']}")
     return folder, run_ranks(2, [WORKER, data, str(folder), *words], SECONDS)
 
 
@@ -106,8 +117,9 @@ def by_hosts(saved, data, tiny_model):
 
 
 def test_the_same_layout_goes_on_bit_by_bit(by_two):
-    """Weights, every optimizer state, and the losses of the next steps; other layouts of the same ranks, too."""
-    check(by_two[1], 2 * len(SAVED) + len(LOADED[2]))
+    """Weights, every optimizer state, and the losses of the next steps; other layouts of the same ranks, too. And what
+    another precision cannot hold is refused."""
+    check(by_two[1], 2 * len(SAVED) + len(LOADED[2]) + 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -128,8 +140,17 @@ def test_any_plan_to_any_plan_of_hosts(by_hosts):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("by", [1, 2, 3, 4])
 def test_any_plan_to_any_plan_all_of_them(tmp_path, data, by, ranks):
-    """Every pair of shardings and of stages, each at least once for every pair of world sizes."""
-    types = ["row_wise", "table_wise", "column_wise", "table_row_wise", "table_column_wise", "grid_shard"]
+    """Every pair of shardings (two of them in fp16, too) and of stages, for every pair of world sizes."""
+    types = [
+        "row_wise",
+        "table_wise",
+        "column_wise",
+        "table_row_wise",
+        "table_column_wise",
+        "grid_shard",
+        "data_parallel",
+    ]
+    types += ["row_wise@fp16", "grid_shard@fp16"]
     for optimizer in ("rowwise_adagrad", "adagrad"):
         before = {f"{t}-{optimizer}": f"{t}/{optimizer}/{i % 4}/fp32/adamw" for i, t in enumerate(types)}
         check(run_ranks(by, [WORKER, data, str(tmp_path), *jobs("save", before, "")], 900), len(before))
@@ -223,6 +244,24 @@ def test_export_full_is_one_plain_file(saved, tmp_path, verb):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.safetensors", "model.safetensors"]
 
 
+def test_what_all_ranks_hold_is_written_once(saved):
+    """Each rank its part of the rows, none where there are too few."""
+    manifest = checkpoint.last_good(saved / "copies").manifest
+    user = [(Path(piece.file).stem, piece.offset, piece.size) for piece in manifest.tables["user_id"].pieces]
+    assert user == [("rank-00000", [0, 0], [20, 24]), ("rank-00001", [20, 0], [21, 24])]
+    assert manifest.plan["user_id"]["shards"] == [] and manifest.plan["user_id"]["ranks"] == [0, 1]
+    momenta = torch.arange(2.0)
+    whole = Shard("t", (2, 4), Box.whole((2, 4)), {"weight": torch.zeros(2, 4), "momentum1": momenta}, replicated=True)
+    parts = [whole.share(rank, 3) for rank in range(3)]
+    assert parts[0] is None and [part.box.offset for part in parts[1:]] == [(0, 0), (1, 0)]
+    assert [part.tensors["momentum1"].tolist() for part in parts[1:]] == [[0.0], [1.0]]
+
+
+def test_half_precision_weights_lie_in_half_the_bytes(saved):
+    kinds = checkpoint.last_good(saved / "halves").manifest.tables["item_id"].kinds
+    assert {kind: about.dtype for kind, about in kinds.items()} == {"weight": "F16", "momentum1": "F32"}
+
+
 def test_inspect_and_verify_tell_what_is_there(saved, verb):
     code, told, _ = verb("inspect", saved / "columns", "--json")
     told = json.loads(told.splitlines()[-1])
@@ -233,6 +272,7 @@ def test_inspect_and_verify_tell_what_is_there(saved, verb):
         "sharding_type": "column_wise",
         "shards": 2,
         "optimizer": {"momentum1": "row"},
+        "managed": False,
     }
     assert told["dense_optimizer"] == ["exp_avg", "exp_avg_sq"] and told["environment"]["world size"] == 2
     code, verified, _ = verb("verify", saved / "columns", "--json")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from conftest import build_small, run_hosts, run_ranks
+from conftest import SMALL_SCHEMA, build_small, run_hosts, run_ranks, small_table
 
+from dist_rec.data.build import build
+from dist_rec.schema import Schema
+from dist_rec.strict import from_dict
 from dist_rec.text.embed import embed
 
 
@@ -48,8 +54,36 @@ def test_hybrid_parity_when_sharding_types_mix(small):
         "row_wise+tags=table_wise+user_id=column_wise",
         "table_row_wise+tags=table_column_wise+item_id=row_wise",
         "grid_shard+tags=table_row_wise+item_id=column_wise",
+        "row_wise+tags=data_parallel",
     ]
     check_parity(3, small, ",".join(layouts), "1")
+
+
+def test_hybrid_parity_of_copied_tables(small):
+    """Data-parallel tables beside a cut one, and where no table is cut."""
+    check_parity(2, small, "data_parallel+item_id=column_wise", "0,3")
+    check_parity(3, small, "data_parallel", "2", "data.exclude_features=[history]")
+
+
+def test_hybrid_parity_of_histories_of_two_widths(tmp_path):
+    """Tables of two widths that histories read, one of them shared with a feature that is pooled."""
+    schema = copy.deepcopy(SMALL_SCHEMA)
+    schema["features"]["tags"] |= {"max_length": 6}
+    schema["features"]["past_users"] = {"role": "history", "kind": "ids", "shares": "user_id", "max_length": 6}
+    table = small_table({"big": 211, "middle": 96, "tiny": 7})
+    users = [None if events is None else [f"u{item[1:]}" for item in events] for events in table["history"].to_pylist()]
+    raw = tmp_path / "raw.parquet"
+    pq.write_table(table.append_column("past_users", pa.array(users, pa.list_(pa.string()))), raw)
+    data = str(tmp_path / "shards")
+    build(from_dict(Schema, schema, "two"), [str(raw)], data, block_rows=32, shard_rows=64, workers=1)
+    check_parity(2, data, "column_wise+item_id=row_wise", "1", "tables.overrides.user_id.dim=8")
+
+
+def test_every_table_trains(small):
+    """Every sharding type of both kinds of tables, precisions and optimizers: see the worker."""
+    done = run_ranks(2, ["tests/tables_worker.py", small], 240)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
+    assert done.returncode == 0 and len(lines) == 21, "\n".join(lines) + done.stderr[-3000:]
 
 
 def test_hybrid_parity_within_a_host(small):
@@ -65,6 +99,7 @@ def test_hybrid_parity_of_hosts(small):
             "table_row_wise+item_id=row_wise",
             "table_column_wise+tags=table_row_wise+item_id=table_wise",
             "grid_shard+tags=row_wise+item_id=column_wise",
+            "data_parallel+tags=table_row_wise+item_id=row_wise",
         ]
     )
     first, second = run_hosts([2, 2], ["tests/parity_worker.py", small, layouts, "1"], 240)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from copy import deepcopy
-from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, kill_family, run_hosts, start
+from conftest import run_hosts
+from machines import cpus
 
 from dist_rec.config import Config, TablesConfig
-from dist_rec.embeddings import planner
 from dist_rec.embeddings.description import describe_plan, plan_from_description
 from dist_rec.embeddings.planner import make_plan
 from dist_rec.embeddings.sharders import SHARDING_TYPES
@@ -58,7 +56,7 @@ def planned(sharding: str, world_size: int, local_world_size: int, dim: int = 24
     tables = EmbeddingTables(specs, SCHEMA, config, torch.device("meta"))
     attach_optimizer(tables, config)
     ranks = {"world_size": world_size, "local_world_size": local_world_size, "device": CPU}
-    plan = make_plan(tables, specs, **ranks, batch_size=16, pooling_factors={}, memory_bytes=2**30)
+    plan = make_plan(tables, specs, cpus(world_size, local_world_size), batch_size=16, pooling_factors={}).plan
     return tables, plan, ranks
 
 
@@ -108,26 +106,13 @@ def test_no_rank_is_left_without_rows(world, local):
         assert describe_plan(planned("grid_shard", world, local)[1])["kind"]["sharding_type"] == "table_wise"
 
 
-def offered(world: int, local: int) -> dict[str, list[str]]:
-    """The types among which the planner may choose for `auto`."""
-    with mock.patch.object(planner, "ParameterConstraints", wraps=planner.ParameterConstraints) as made:
-        planned("auto", world, local)
-    return dict(zip(ROWS, [call.kwargs["sharding_types"] for call in made.call_args_list], strict=True))
-
-
-def test_auto_keeps_rows_whole_and_knows_hosts():
-    whole = ["table_wise", "row_wise"]
-    for world, local in ((2, 2), (2, 1)):
-        assert offered(world, local) == {"user": whole, "kind": whole, "item": whole}
-    assert offered(4, 2) == {"user": [*whole, "table_row_wise"], "kind": [*whole, "table_row_wise"], "item": whole}
-
-
-@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard"])
+@pytest.mark.parametrize("sharding", ["table_row_wise", "table_column_wise", "grid_shard", "data_parallel"])
 def test_types_that_histories_cannot_have_are_refused_before_start(small, sharding):
     def wanted(**tables) -> Config:
         return from_dict(Config, {"data": {"train": small}, "tables": tables}, "c")
 
-    with pytest.raises(UserError, match=rf"item_id: a history reads.*no {sharding}.*tables\.overrides\.item_id\.shard"):
+    why = "TorchRec.*would pool" if sharding == "data_parallel" else f"no {sharding}"
+    with pytest.raises(UserError, match=rf"item_id: a history reads.*{why}.*tables\.overrides\.item_id\.shard"):
         prepare(wanted(sharding=sharding))
     prepare(wanted(sharding=sharding, overrides={"item_id": {"sharding": "row_wise"}}))
     no_history = wanted(sharding=sharding)
@@ -135,27 +120,95 @@ def test_types_that_histories_cannot_have_are_refused_before_start(small, shardi
     prepare(no_history)
 
 
-PLAN_OF_A_TIE = """
-import json
-from unittest import mock
-from test_sharding import describe_plan, planned, planner
-with mock.patch.object(planner, "_allowed", lambda *_: ["row_wise", "table_row_wise", "grid_shard"]):
-    print(json.dumps(describe_plan(planned("auto", 2, 2)[1])))
-"""
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            {"managed": 20, "sharding": "table_wise"},
+            r"its ids are managed, .* not table_wise: choose auto or row_wise in",
+        ),
+        ({"managed": 20, "sharding": "data_parallel"}, "its ids are managed, .* not data_parallel"),
+        (
+            {"precision": "fp16", "sharding": "data_parallel"},
+            r"data_parallel.*summed over ranks in fp16: .*\.precision",
+        ),
+        ({"kernel": "fused_uvm", "sharding": "data_parallel"}, r"data_parallel.*, fused_uvm in the host's: .*\.kernel"),
+    ],
+)
+def test_what_no_engine_can_do_is_refused_before_start(override, words):
+    config = from_dict(TablesConfig, {"overrides": {"user": override}}, "tables")
+    with pytest.raises(UserError, match=f"user: .*{words}") as refused:
+        table_specs(SCHEMA, config, list(SCHEMA.features))
+    assert "tables.overrides.user." in str(refused.value)
 
 
-def test_every_process_makes_the_same_plan(monkeypatch):
-    """Sets of strings have another order in every process; types of equal cost must not."""
-    makers = []
-    for seed in "12":
-        monkeypatch.setenv("PYTHONHASHSEED", seed)
-        makers.append(start([sys.executable, "-c", PLAN_OF_A_TIE], ROOT / "tests"))
-    try:
-        plans = [json.loads(maker.communicate(timeout=60)[0]) for maker in makers]
-    finally:
-        for maker in makers:
-            kill_family(maker)
-    assert plans[0] == plans[1] and plans[0]["user"]["sharding_type"] == "row_wise"
+def test_kernels_of_another_device_are_refused_before_start(small):
+    tables = {"kernel": "fused_uvm", "overrides": {"tags": {"kernel": "fused"}}}
+    config = from_dict(Config, {"data": {"train": small}, "train": {"device": "cpu"}, "tables": tables}, "c")
+    with pytest.raises(UserError, match="CUDA, and this run is on cpu.*: set fused for user_id: fused_uvm, item_id: f"):
+        prepare(config)
+
+
+def test_tables_are_what_the_config_says():
+    """Rows, widths, precisions and kernels of single tables and of all."""
+    tables = {
+        "dim": 16,
+        "precision": "fp16",
+        "kernel": "fused_uvm",
+        "overrides": {
+            "user": {"hash": 1000, "dim": 8, "precision": "fp32", "kernel": "fused"},
+            "kind": {"size": 5},
+            "item": {"managed": 64, "sharding": "row_wise"},
+        },
+    }
+    config = from_dict(TablesConfig, tables, "tables")
+    specs = table_specs(SCHEMA, config, list(SCHEMA.features))
+    found = {s.name: (s.rows, s.dim, s.sharding, s.precision, s.kernel, s.managed, s.sequence) for s in specs}
+    assert found == {
+        "user": (1000, 8, "auto", "fp32", "fused", False, False),
+        "kind": (5, 16, "auto", "fp16", "fused_uvm", False, False),
+        "item": (64, 16, "row_wise", "fp16", "fused_uvm", True, True),
+    }
+    assert [s.name for s in specs if s.replicable] == ["user"]
+
+
+def test_a_copied_table_has_no_shards_and_is_on_all_ranks():
+    tables, plan, ranks = planned("data_parallel", 4, 2)
+    described = json.loads(json.dumps(describe_plan(plan)))
+    copied = {"sharding_type": "data_parallel", "compute_kernel": "dense", "ranks": [0, 1, 2, 3], "shards": []}
+    assert described["user"] == described["kind"] == copied
+    assert describe_plan(plan_from_description(described, tables, **ranks)) == described
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ({"ranks": [0, 1, 2]}, "data_parallel must have no shards, and ranks 0 .. 3"),
+        ({"ranks": [False, True, 2, 3]}, "data_parallel must have no shards, and ranks 0 .. 3"),
+        ({"ranks": None}, "data_parallel must have no shards"),
+        ({"shards": [{"rank": 0, "offset": [0, 0], "size": [41, 24]}]}, "data_parallel must have no shards"),
+        ({"shards": None}, "data_parallel must have no shards"),
+        ({"compute_kernel": "fused"}, "compute_kernel must be dense"),
+        ({"sharding_type": "row_wise"}, "compute_kernel must be fused"),
+        ({"sharding_type": "row_wise", "compute_kernel": "fused"}, "shards must be a list"),
+    ],
+)
+def test_a_damaged_description_of_a_copied_table_is_refused(damage, words):
+    tables, plan, ranks = planned("data_parallel", 4, 2)
+    description = describe_plan(plan)
+    description["user"] |= damage
+    with pytest.raises(UserError, match=f"user: {words}"):
+        plan_from_description(description, tables, **ranks)
+
+
+def test_no_description_copies_a_half_precision_table():
+    """It would train in another precision than that of the config."""
+    tables, plan, ranks = planned("data_parallel", 2, 2)
+    description = describe_plan(plan)
+    config = from_dict(TablesConfig, {"dim": 24, "precision": "fp16"}, "tables")
+    halves = EmbeddingTables(table_specs(SCHEMA, config, list(SCHEMA.features)), SCHEMA, config, torch.device("meta"))
+    with pytest.raises(UserError, match="user: data_parallel takes FP32 tables, not FP16"):
+        plan_from_description(description, halves, **ranks)
 
 
 def test_hosts_with_unequally_many_ranks(small):
@@ -200,7 +253,7 @@ def change(*path, to):
         (lambda d: d.pop("user"), "it lacks user"),
         (lambda d: d.update(extra=d["user"]), "it has 'extra', which is no table"),
         (change("user", to=[]), "user: must have exactly"),
-        (change("user", "sharding_type", to="data_parallel"), "user: sharding_type must be one of"),
+        (change("item", "sharding_type", to="data_parallel"), "item: sharding_type must be one of"),
         (change("user", "sharding_type", to=["row_wise"]), "user: sharding_type must be one of"),
         (change("item", "sharding_type", to="grid_shard"), "item: sharding_type must be one of"),
         (change("user", "compute_kernel", to="fused_uvm"), "user: compute_kernel must be fused"),

@@ -18,6 +18,7 @@ from ..errors import Stopped, UserError
 from ..launch import STOPPED, die_with_agent, first_to_say, has_failed_for_good, is_echo
 from . import bench, checkpoint, run, shards
 from .common import WITH_OVERRIDES
+from .plan import plan
 
 ECHO_SECONDS = 10
 
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(shards.app, name="shards")
 app.command()(run.embed)
+app.command(context_settings=WITH_OVERRIDES)(plan)
 app.command(context_settings=WITH_OVERRIDES)(run.train)
 app.command(context_settings=WITH_OVERRIDES)(run.evaluate)
 app.add_typer(checkpoint.app, name="checkpoint")
@@ -47,7 +49,8 @@ def main() -> None:
         die_with_agent()
         if has_failed_for_good():
             raise typer.Exit(2)
-        app(standalone_mode=False)
+        # A verb that raises typer.Exit makes this return its code.
+        code = app(standalone_mode=False) or 0
     except UserError as error:
         _complain(str(error))
         code = 2

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import UserError
-from .common import Json, Ranks, is_main, launch_if_asked, print_json
+from .common import WITH_OVERRIDES, Json, Ranks, is_main, launch_if_asked, overrides, print_json
 
 app = typer.Typer(help="The measurements that the documents quote.", no_args_is_help=True)
 
@@ -88,3 +88,58 @@ def bench_checkpoint(
         for name, value in result.items():
             print(f"{name.replace('_', ' ')}: {value}")
         print_json(as_json, result)
+
+
+@app.command("tables")
+def bench_tables(
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of the table; repeatable; default 1e6 .. 2e8.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that are timed, of either kind of ids.")] = 30,
+    folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
+    nproc_per_node: Annotated[int, typer.Option(help="Ranks of every job.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Rows a second, memory, and seconds to fill, save and load, of tables of up to 200 million rows."""
+    from ..bench.tables import DEFAULT_ROWS, bench_tables, print_summary
+
+    summary = bench_tables(rows or list(DEFAULT_ROWS), steps, nproc_per_node, folder)
+    print_summary(summary)
+    print_json(as_json, summary)
+    if not all(case["bitwise_equal"] for case in summary["cases"]):
+        raise typer.Exit(1)
+
+
+@app.command("exchange", context_settings=WITH_OVERRIDES)
+def bench_exchange(
+    context: typer.Context,
+    config: Annotated[Path, typer.Option(help="Of a run; any key is overridden by --section.key value.")] = Path(
+        "configs/demo.yaml"
+    ),
+    steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 50,
+    nproc_per_node: Ranks = 2,
+    as_json: Json = False,
+) -> None:
+    """Bytes and ms of a step, and the loss, for every precision on the wire, with ids sent once or every time."""
+    launch_if_asked(nproc_per_node)
+    from ..bench.exchange import bench_exchange, print_summary
+    from ..config import load_config
+
+    summary = bench_exchange(load_config(config, overrides(context.args)), steps)
+    if is_main():
+        print_summary(summary)
+        print_json(as_json, summary)
+
+
+@app.command("plan")
+def bench_plan(
+    case: Annotated[list[str] | None, typer.Option(help="RANKSxTABLES; repeatable; default those of README.")] = None,
+    machine: Annotated[str, typer.Option(help="One of configs/clusters, or a file like them.")] = "h100",
+    seed: Annotated[int, typer.Option(help="Of the invented tables.")] = 0,
+    stock_seconds: Annotated[float, typer.Option(help="After which TorchRec's planner is stopped.", min=0.1)] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Seconds to plan, and how good the plan is, against TorchRec's own planner."""
+    from ..bench.plan import CASES, bench_plan, parse_case, print_summary
+
+    result = bench_plan([parse_case(c) for c in case or CASES], machine, seed, stock_seconds)
+    print_summary(result)
+    print_json(as_json, result)

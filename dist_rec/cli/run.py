@@ -48,6 +48,7 @@ def embed(
 def train(
     context: typer.Context,
     config: Path,
+    plan: Annotated[Path | None, typer.Option(help="Plan file of dist-rec plan --out; sets tables.plan.")] = None,
     nproc_per_node: Ranks = 0,
     max_restarts: Restarts = 0,
     as_json: Json = False,
@@ -60,7 +61,10 @@ def train(
 
     if str(config).startswith("--"):
         raise UserError(f"the config file comes first: dist-rec train CONFIG {config} ...")
-    loaded = load_config(config, overrides(context.args))
+    keys = overrides(context.args)
+    if plan is not None:
+        keys["tables.plan"] = json.dumps(str(plan))
+    loaded = load_config(config, keys)
     launch_if_asked(nproc_per_node, max_restarts)
     from ..report import print_evaluation
     from ..training.run import train as run

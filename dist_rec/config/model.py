@@ -74,17 +74,17 @@ class TablesConfig:
     * `dim`: width of every table, a multiple of 4, for fbgemm's kernels take nothing else.
     * `sharding`: how tables are cut over the ranks. `table_wise` puts a table on one rank; `row_wise`
       and `column_wise` cut it over all ranks, `table_row_wise` and `table_column_wise` over those of
-      one host; `grid_shard` cuts columns over hosts and rows within each. `auto` lets the planner
-      choose between table_wise, row_wise and, where there are several hosts, table_row_wise. A table
+      one host; `grid_shard` cuts columns over hosts and rows within each; `data_parallel` copies it
+      to every rank. `auto` lets the planner choose what is fastest and gives the same results. A table
       too small to give every rank a row is placed table_wise where rows are to be cut. Tables that a
-      history reads take auto, table_wise, row_wise or column_wise.
+      history reads take auto, table_wise, row_wise or column_wise; fp16 tables are not copied.
     * `optimizer`: runs inside backward, in the kernel. Row-wise Adagrad keeps one momentum a row.
     * `init_std`: rows start as N(0, init_std).
     * `pooling`: how several ids of one feature become one vector.
     * `precision`: of weights in memory and in checkpoints; optimizer states are fp32.
     * `kernel`: where weights lie: `fused` in the device's memory, `fused_uvm` in the host's, `fused_uvm_caching` in the
       host's with a cache on the device. The last two are for CUDA.
-    * `wire`: precision of vectors and gradients between ranks.
+    * `wire`: precision of vectors between ranks; with bf16 and fp16, gradients go back in bf16.
     * `deduplicate`: send every distinct id of a rank's batch once, for tables that a history reads.
     * `managed`: of tables with a managed vocabulary.
     * `plan`: file of `dist-rec plan --out`, used instead of planning anew.

@@ -93,7 +93,15 @@ def append(
         try:
             (work := staging / "work").mkdir()
             (new,) = steps.run(
-                Input(schema, sources, tuple(joins), None, str(home / VOCABULARY_NAME), 0, tuple(history_from), False),
+                Input(
+                    schema,
+                    sources,
+                    tuple(joins),
+                    vocabulary=str(home / VOCABULARY_NAME),
+                    past=tuple(history_from),
+                    every_domain=False,
+                    count_ids=False,
+                ),
                 work=work,
                 texts=staging / TEXTS_NAME,
                 token_file=token_file,

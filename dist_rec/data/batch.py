@@ -7,7 +7,7 @@ batch, and void ones (`Rows.void`), are *masked*: no ids, no texts, no labels, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from torchrec.streamable import Pipelineable
 
 from ..schema import Schema
 from .rows import Ragged, Rows
+from .vocabulary import IdMap
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Batch(Pipelineable):
 
     Attributes:
         ids: every `id` and `ids` feature, keys in schema order, int64 values, stride B. A null
-            is an empty list.
+            is an empty list. Values are rows of the feature's table, or `vocabulary.mix` of its ids where
+            the table is managed.
         dense: per `dense` feature, float32 `[B, width]`, NaN where null.
         text_index: per text feature, int64 `[n]`, positions among the T texts, rows
             concatenated.
@@ -84,6 +86,7 @@ def make_batch(
     schema: Schema,
     size: int,
     vectors: Callable[[np.ndarray], np.ndarray] | None = None,
+    id_maps: Mapping[str, IdMap] | None = None,
 ) -> Batch:
     """Turn rows into a batch of exactly `size` rows, masking what is missing.
 
@@ -93,6 +96,10 @@ def make_batch(
         size: B.
         vectors: looks up the frozen vectors of text keys: int64 `[T]` -> float32 `[T, D]`. None
             where the model needs none.
+        id_maps: per feature what becomes of its ids; a feature without one keeps them.
+
+    Raises:
+        UserError: an id has no place in its table.
     """
     n, present = len(rows), rows.row >= 0
     if n > size:
@@ -101,7 +108,8 @@ def make_batch(
     lengths = np.zeros((len(features), size), np.int64)
     for i, name in enumerate(features):
         lengths[i, :n] = rows.ids[name].lengths
-    values = [rows.ids[name].values for name in features]
+    maps = id_maps or {}
+    values = [maps[name](name, ids, rows.row) if name in maps else ids.values for name, ids in rows.ids.items()]
     ids = KeyedJaggedTensor(
         keys=features,
         values=torch.from_numpy(np.concatenate(values, dtype=np.int64) if values else np.zeros(0, np.int64)),

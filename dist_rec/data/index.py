@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from ..errors import UserError
 from ..files import write_bytes
@@ -30,6 +30,8 @@ LARGEST_TABLE = 2**63 - 1
 # What a builder writes: no path, no URL, no hidden file.
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# Percentages of all uses that `Frequency.coverage` tells of, in per mille.
+SHARES = {"50": 500, "90": 900, "95": 950, "99": 990, "99.9": 999}
 # Differences of two times must fit in 64 bits.
 Time = Annotated[int, Field(gt=-(2**62), lt=2**62)]
 
@@ -79,18 +81,46 @@ class TokenizerInfo:
 
 
 @strict
+class Frequency:
+    """How unevenly the ids of an `id` or `ids` feature occur: what sizes a table that need not hold them all.
+
+    Counted exactly by the build, over the `rows` that it wrote to this data set, as blocks hold them: row 0 of a
+    dictionary and the 0 of a history's missing entry are ids too. Rows that were appended since are not counted.
+
+    Attributes:
+        rows: that were counted.
+        occurrences: ids in them, every one.
+        distinct: different ids.
+        coverage: per percentage of `occurrences` (`SHARES`), how many of the most frequent ids it takes to make it up.
+    """
+
+    rows: int = Field(ge=1)
+    occurrences: int = Field(ge=0)
+    distinct: int = Field(ge=0)
+    coverage: dict[str, Annotated[int, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _all_shares(self):
+        if self.coverage.keys() != SHARES.keys():
+            raise ValueError(f"coverage is of {', '.join(SHARES)} percent, each")
+        return self
+
+
+@strict
 class FeatureStatistics:
     """Per feature over all rows of the data set.
 
     `mean_length` and `max_length` count ids of an `id` or `ids` feature, tokens of a `text`, texts
     of a `texts`, floats of a `dense`; a null counts as 0. The planner takes pooling factors from
-    `mean_length`. `unknown` counts ids on row 0 of a dictionary vocabulary.
+    `mean_length`. `unknown` counts ids on row 0 of a dictionary vocabulary. `frequency` is of `id` and `ids` features,
+    and missing in data sets that were built before it was there.
     """
 
     null_share: float
     mean_length: float
     max_length: int
     unknown: int = Field(default=0, ge=0)
+    frequency: Frequency | None = None
 
 
 @strict

@@ -13,7 +13,7 @@ from pathlib import Path
 import duckdb
 
 from ..errors import UserError
-from ..schema import Feature, Schema
+from ..schema import RAW_IDS, Feature, Schema
 from .casts import literal, quote
 from .index import SPLITS
 from .sources import Source
@@ -215,7 +215,16 @@ def _vocabulary_sql(source: Source, table: str) -> Callable[[str], str] | None:
         return lambda v: f"CAST(md5_number_lower({v}) % {vocabulary.size} AS BIGINT)"
     if vocabulary.kind == "integer":
         return lambda v: f"CAST({v} AS BIGINT)"
+    if vocabulary.kind == "raw":
+        return _raw_sql
     return None
+
+
+def _raw_sql(value: str) -> str:
+    """A whole number in range, written as numbers are, is itself; anything else is hashed: "007" is not 7."""
+    number, hashed = f"TRY_CAST({value} AS BIGINT)", f"CAST(md5_number_lower({value}) % {RAW_IDS}::UBIGINT AS BIGINT)"
+    itself = f"{number} BETWEEN 0 AND {RAW_IDS - 1} AND CAST({number} AS VARCHAR) = {value}"
+    return f"CASE WHEN {value} IS NOT NULL THEN CASE WHEN {itself} THEN {number} ELSE {hashed} END END"
 
 
 def _list_table(source: Source, name: str, dictionary: str, shift: int) -> str:

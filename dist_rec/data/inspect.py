@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .index import Index, join, read_index
+from ..strict import to_dict
+from .frequency import frequency
+from .index import SHARES, Frequency, Index, join, read_index
 from .reader import ShardReader
 from .remote import DEFAULT_RETRY, Retry
 from .rows import Ragged, Rows
@@ -47,6 +49,11 @@ class _Counter:
         order = np.lexsort((self.values, -self.counts))[:k]
         return [(int(self.values[i]), int(self.counts[i])) for i in order]
 
+    def frequency(self, rows: int) -> Frequency:
+        self.merge()
+        uses, ids = np.unique(self.counts, return_counts=True)
+        return frequency(uses[::-1], ids[::-1], rows)
+
 
 class _Lengths:
     """Number, nulls, sum, maximum of list lengths."""
@@ -78,8 +85,9 @@ def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, 
         number, rows and shards, the first being the build and the others appended; `domains` with
         rows and per label valid, positive (at least half the maximum), missing, `rate` (positive /
         valid) and mean; `features` with role, kind, table, null share (from the index), lengths
-        over all rows (empty and null are 0) and `tokens` of its texts as used; `tables` with size,
-        distinct ids used and the most frequent ones with their raw values if the vocabulary is there.
+        over all rows (empty and null are 0), `tokens` of its texts as used, and the index's `frequency`, which is
+        of the rows that were built; `tables` with size (None where any id may come), distinct ids used, `frequency`
+        over all rows and features, and the most frequent ids with their raw values if the vocabulary is there.
 
     Raises:
         UserError: no data set there, or a damaged block.
@@ -127,6 +135,8 @@ def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, 
             }
         if feature.kind in ("id", "ids"):
             features[name]["table"] = schema.table_of(name)
+            known = index.statistics[name].frequency
+            features[name]["frequency"] = None if known is None else to_dict(known)
     return {
         "name": index.name,
         "split": index.split,
@@ -192,8 +202,9 @@ def _table(root: str, index: Index, table: str, counter: _Counter, top: int) -> 
     raw = _raw_values(root, table, [row for row, _ in frequent]) if kind == "dictionary" else {}
     return {
         "vocabulary": kind,
-        "size": index.schema.table_sizes()[table],
+        "size": index.schema.table_sizes()[table] if kind != "raw" else None,
         "used": len(counter.values),
+        "frequency": to_dict(counter.frequency(index.rows)),
         "top": [{"row": row, "count": count, "value": raw.get(row)} for row, count in frequent],
     }
 
@@ -246,8 +257,22 @@ def print_inspection(inspection: dict[str, Any], console: Console | None = None)
     for name, table in inspection["tables"].items():
         shown = [(f"#{t['row']}" if t["value"] is None else escape(t["value"]), t["count"]) for t in table["top"]]
         frequent = ", ".join(f"{value} ({count:,})" for value, count in shown)
-        tables.add_row(name, table["vocabulary"], f"{table['size']:,}", f"{table['used']:,}", frequent)
+        size = "any" if table["size"] is None else f"{table['size']:,}"
+        tables.add_row(name, table["vocabulary"], size, f"{table['used']:,}", frequent)
     console.print(tables)
+    _print_frequencies(inspection, console)
+
+
+def _print_frequencies(inspection: dict[str, Any], console: Console) -> None:
+    """Tables as counted now, then features as the build counted them: the index knows no more after an append."""
+    title = "The most frequent ids that make up so much of all uses"
+    counted = Table("ids of", "rows", "uses", "distinct", *(f"{share}%" for share in SHARES), title=title)
+    known = {f"table {name}": table["frequency"] for name, table in inspection["tables"].items()}
+    known |= {f"{name}, as built": f["frequency"] for name, f in inspection["features"].items() if f.get("frequency")}
+    for name, found in known.items():
+        numbers = [found[key] for key in ("rows", "occurrences", "distinct")]
+        counted.add_row(name, *(f"{number:,}" for number in [*numbers, *(found["coverage"][s] for s in SHARES)]))
+    console.print(counted)
 
 
 def _number(value: float | None) -> str:

@@ -26,11 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import UserError
 from ..schema import Schema
 from ..strict import from_dict, to_dict
-from . import encode, histories, ingest
+from . import encode, frequency, histories, ingest
 from .blocks import KEY_NAMES, TEXT
 from .casts import literal, quote
 from .encode import Job, Pool, TextStore
-from .index import Index, TokenizerInfo
+from .index import Frequency, Index, TokenizerInfo
 from .sources import Join, load, stream
 from .split import Split, split_columns
 from .writer import DatasetWriter
@@ -57,6 +57,7 @@ class Input:
         seed: of a random split.
         past: globs of rows that are events of histories only.
         every_domain: whether each domain must have a row.
+        count_ids: whether the index says how often ids occur.
     """
 
     schema: Schema
@@ -67,6 +68,7 @@ class Input:
     seed: int = 0
     past: tuple[str, ...] = ()
     every_domain: bool = True
+    count_ids: bool = True
 
 
 def check_sizes(block_rows: int, shard_rows: int, workers: int | None) -> int:
@@ -158,18 +160,20 @@ def run(
         The index of every split that has rows, in order; none is written yet.
     """
     with engine(work, workers, memory_limit) as con, _progress() as progress:
-        schema, plan = _prepare(con, given, work, progress)
+        schema, plan, frequencies = _prepare(con, given, work, progress)
         prepared(con, schema)
         pool = Pool(Job(schema, work, token_file, max_tokens), workers)
         try:
             _write_texts(con, schema, pool, work, texts, progress)
-            return _write_shards(con, schema, plan, pool, open_writer, block_rows, shard_rows, progress)
+            return _write_shards(con, schema, plan, frequencies, pool, open_writer, block_rows, shard_rows, progress)
         finally:
             pool.close()
 
 
-def _prepare(con, given: Input, work: Path, progress: Progress) -> tuple[Schema, list[tuple[int, int, int]]]:
-    """Up to the tables `encoded` and `ranges`: the schema with its sizes, and the rows by split and domain."""
+def _prepare(
+    con, given: Input, work: Path, progress: Progress
+) -> tuple[Schema, list[tuple[int, int, int]], dict[int, dict[str, Frequency]]]:
+    """Up to the tables `encoded` and `ranges`: the schema with its sizes, rows by split and domain, ids by split."""
     schema, split = given.schema, given.split
     step = progress.add_task("reading", total=None)
     source = load(con, schema, given.sources, given.joins, split_columns(split, schema), given.past)
@@ -188,6 +192,8 @@ def _prepare(con, given: Input, work: Path, progress: Progress) -> tuple[Schema,
     empty = con.execute(f"SELECT row - 1 FROM {ingest.TEXTS} WHERE value = ''").fetchone() if num_texts else None
     train_only = split is not None and split.kind != "time"
     histories.collect(con, schema, work, train_only, empty[0] if empty else 0)
+    progress.update(step, description="frequencies")
+    frequencies = frequency.count_ids(con, schema, work) if given.count_ids else {}
     progress.remove_task(step)
     # Frees the disk of what is not needed any more before shards are written.
     for kind, name in con.execute(
@@ -195,7 +201,7 @@ def _prepare(con, given: Input, work: Path, progress: Progress) -> tuple[Schema,
         "OR table_name LIKE 'list:%' OR table_name LIKE 'side%' ORDER BY table_type DESC"
     ).fetchall():
         con.execute(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {quote(name)}")
-    return from_dict(Schema, tree, "schema"), plan
+    return from_dict(Schema, tree, "schema"), plan, frequencies
 
 
 def _write_texts(con, schema: Schema, pool: Pool, work: Path, path: Path, progress: Progress) -> None:
@@ -231,7 +237,7 @@ def _write_texts(con, schema: Schema, pool: Pool, work: Path, path: Path, progre
         )
 
 
-def _write_shards(con, schema, plan, pool, open_writer, block_rows, shard_rows, progress) -> list[Index]:
+def _write_shards(con, schema, plan, frequencies, pool, open_writer, block_rows, shard_rows, progress) -> list[Index]:
     """Sort, cut into blocks, encode in the pool, write."""
     bar = progress.add_task("shards", total=sum(rows for _, _, rows in plan))
     groups = histories.groups_of(schema)
@@ -250,11 +256,11 @@ def _write_shards(con, schema, plan, pool, open_writer, block_rows, shard_rows, 
         for (number, domain, _), block in zip(pieces, blocks, strict=True):
             if number != written:
                 if writer is not None:
-                    indexes.append(writer.close())
+                    indexes.append(writer.close(frequencies.get(written)))
                 writer, written = open_writer(schema, number), number
             writer.add(domain, block)
             progress.advance(bar, block.rows)
-        indexes.append(writer.close())
+        indexes.append(writer.close(frequencies.get(written)))
     finally:
         if writer is not None:
             writer.abandon()

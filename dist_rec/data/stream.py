@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .order import Order, Piece
 from .reader import ShardReader
 from .rows import Rows
 from .textpool import TextPool
+from .vocabulary import IdMap
 from .window import Window, cut
 
 
@@ -121,6 +122,7 @@ class Stream:
         order: the data set's canonical order.
         rank, world_size: which streams this rank serves.
         vectors: looks up frozen text vectors (see `make_batch`).
+        id_maps: what becomes of features' ids (see `make_batch`).
         read_ahead: batches kept ready.
     """
 
@@ -132,6 +134,7 @@ class Stream:
         rank: int = 0,
         world_size: int = 1,
         vectors: Callable[[np.ndarray], np.ndarray] | None = None,
+        id_maps: Mapping[str, IdMap] | None = None,
         read_ahead: int = 4,
     ) -> None:
         if world_size > order.streams:
@@ -140,6 +143,7 @@ class Stream:
                 "(and data.batch_size to a multiple of it)."
             )
         self.reader, self.order, self.vectors, self.read_ahead = reader, order, vectors, read_ahead
+        self.id_maps = id_maps
         mine = range(rank, order.streams, world_size)
         blocks = _Blocks(reader)
         # Two segments a stream: its window's, and one for the end of the window before.
@@ -169,7 +173,7 @@ class Stream:
             some = self.reader.rows(0).slice(0, 0)
             held = self.streams[0].held or Window([some], no_rows, schema, self.pool, 0)
             slices = [(held, 0, 0)]
-        return make_batch(cut(slices, self.pool), schema, self.batch_rows, self.vectors)
+        return make_batch(cut(slices, self.pool), schema, self.batch_rows, self.vectors, self.id_maps)
 
     def batches(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step .. stop_step (default: to the epoch's end), prepared in the background.

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..files import sync
 from ..schema import Schema
 from .encode import EncodedBlock, FeatureCounts
-from .index import BlockInfo, FeatureStatistics, Index, ShardInfo, TokenizerInfo
+from .index import BlockInfo, FeatureStatistics, Frequency, Index, ShardInfo, TokenizerInfo
 
 
 def file_stems(domains: list[str]) -> list[str]:
@@ -142,12 +142,18 @@ class DatasetWriter:
         if self.file is not None:
             self.file.close()
 
-    def close(self) -> Index:
-        """Finish the last tar; the index of all rows, the previous ones included, which is not written yet."""
+    def close(self, frequencies: dict[str, Frequency] | None = None) -> Index:
+        """Finish the last tar; the index of all rows, the previous ones included, which is not written yet.
+
+        Args:
+            frequencies: of id and ids features, over the rows of a build. Those of previous rows stay as they are:
+                whoever counts the ids of new rows does not know which of the old ones they are.
+        """
         self._finish_shard()
-        rows, shards = self.rows, self.shards
+        rows, shards, frequencies = self.rows, self.shards, frequencies or {}
         if self.previous is not None:
             rows, shards = rows + self.previous.rows, self.previous.shards + shards
+            frequencies = {name: known.frequency for name, known in self.previous.statistics.items()}
             for name, counts in self.features.items():
                 counts.add(_counts(self.previous.statistics[name], self.previous.rows))
             for name, counts in self.labels.items():
@@ -165,6 +171,7 @@ class DatasetWriter:
                     mean_length=counts.total / rows,
                     max_length=counts.longest,
                     unknown=counts.unknown,
+                    frequency=frequencies.get(name),
                 )
                 for name, counts in self.features.items()
             },

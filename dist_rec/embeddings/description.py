@@ -14,24 +14,25 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardMetadata,
 )
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, DataType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from ..errors import UserError
-from .sharders import COLUMN_STEP, COMPUTE_KERNEL, SHARDING_TYPES
-from .tables import SEQUENCE_SHARDING_TYPES
+from .managed import collections_of
+from .sharders import COLUMN_STEP, SHARDING_TYPES, kernels_of
+from .tables import DATA_PARALLEL, MANAGED_SHARDING_TYPE, SEQUENCE_SHARDING_TYPES
 
 # How much of a foreign value, and how many of them, an error message repeats.
 SHOWN = 50
 
 
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, Any]]:
-    """The plan as plain data: per table its sharding type, kernel, and shards with rank, offset
-    and size."""
+    """The plan as plain data: per table its sharding type, kernel, ranks, and shards with rank, offset
+    and size. A data-parallel table has no shards: all of it is on all ranks."""
     described = {}
     for module in plan.plan.values():
         for table, sharding in module.items():
-            shards = sharding.sharding_spec.shards
+            shards = [] if sharding.sharding_type == DATA_PARALLEL else sharding.sharding_spec.shards
             described[table] = {
                 "sharding_type": sharding.sharding_type,
                 "compute_kernel": sharding.compute_kernel,
@@ -59,12 +60,8 @@ def plan_from_description(
     Raises:
         UserError: it is not a plan for these tables on these ranks; every table's fault, one a line.
     """
-    collections = {
-        path: module
-        for path, module in tables.named_modules()
-        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection)
-    }
-    known = {path: _configs(module) for path, module in collections.items()}
+    collections = {path: (module, managed) for path, module, managed in collections_of(tables)}
+    known = {path: _configs(module) for path, (module, _) in collections.items()}
     names = [config.name for configs in known.values() for config in configs]
     if not isinstance(description, dict):
         raise UserError(f"a sharding plan is a mapping of tables, got {type(description).__name__}.")
@@ -73,13 +70,14 @@ def plan_from_description(
     if wrong:
         raise UserError(f"the sharding plan is not for these tables: it {', '.join(wrong)}.")
     plan, faults = {}, []
-    for path, module in collections.items():
+    for path, (module, managed) in collections.items():
         plan[path] = EmbeddingModuleShardingPlan()
         types = SHARDING_TYPES if isinstance(module, EmbeddingBagCollection) else SEQUENCE_SHARDING_TYPES
+        types = (MANAGED_SHARDING_TYPE,) if managed else types
         for config in known[path]:
             entry = description[config.name]
             try:
-                _check_description(entry, config, types, world_size, local_world_size)
+                _check_description(entry, config, types, world_size, local_world_size, device.type)
             except ValueError as error:
                 faults.append(f"{config.name}: {error}")
                 continue
@@ -90,8 +88,8 @@ def plan_from_description(
             plan[path][config.name] = ParameterSharding(
                 sharding_type=entry["sharding_type"],
                 compute_kernel=entry["compute_kernel"],
-                ranks=[s["rank"] for s in entry["shards"]],
-                sharding_spec=EnumerableShardingSpec(shards),
+                ranks=entry["ranks"],
+                sharding_spec=EnumerableShardingSpec(shards) if shards else None,
             )
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
@@ -106,7 +104,12 @@ def _configs(module: EmbeddingBagCollection | EmbeddingCollection) -> list[BaseE
 
 
 def _check_description(
-    entry: Any, config: BaseEmbeddingConfig, types: tuple[str, ...], world_size: int, local_world_size: int
+    entry: Any,
+    config: BaseEmbeddingConfig,
+    types: tuple[str, ...],
+    world_size: int,
+    local_world_size: int,
+    device_type: str,
 ) -> None:
     """Raise ValueError unless `entry` describes a legal cut and placement of the table of `config`."""
     fields = {"sharding_type", "compute_kernel", "ranks", "shards"}
@@ -115,8 +118,15 @@ def _check_description(
     kind, shards = entry["sharding_type"], entry["shards"]
     if kind not in types:
         raise ValueError(f"sharding_type must be one of {', '.join(types)}, got {str(kind)[:SHOWN]!r}")
-    if entry["compute_kernel"] != COMPUTE_KERNEL:
-        raise ValueError(f"compute_kernel must be {COMPUTE_KERNEL}, got {str(entry['compute_kernel'])[:SHOWN]!r}")
+    kernels = kernels_of(kind, device_type)
+    if entry["compute_kernel"] not in kernels:
+        raise ValueError(f"compute_kernel must be {' or '.join(kernels)}, got {str(entry['compute_kernel'])[:SHOWN]!r}")
+    if kind == DATA_PARALLEL:
+        if shards != [] or not _are_numbers(entry["ranks"]) or entry["ranks"] != list(range(world_size)):
+            raise ValueError(f"{DATA_PARALLEL} must have no shards, and ranks 0 .. {world_size - 1}")
+        if config.data_type != DataType.FP32:
+            raise ValueError(f"{DATA_PARALLEL} takes {DataType.FP32.value} tables, not {config.data_type.value}")
+        return
     most = world_size * config.embedding_dim // COLUMN_STEP
     if not isinstance(shards, list) or not 0 < len(shards) <= most or not all(map(_is_shard, shards)):
         raise ValueError("shards must be a list of {rank: r, offset: [row, column], size: [rows, columns]}")
@@ -136,16 +146,16 @@ def _check_description(
         raise ValueError(f"ranks {ranks} are not a placement of {kind} shards on {world_size} ranks")
 
 
-def _is_shard(value: Any) -> bool:
-    def pair(numbers: Any) -> bool:
-        return isinstance(numbers, list) and len(numbers) == 2 and all(type(n) is int for n in numbers)
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int for n in value)
 
+
+def _is_shard(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and set(value) == {"rank", "offset", "size"}
         and type(value["rank"]) is int
-        and pair(value["offset"])
-        and pair(value["size"])
+        and all(_are_numbers(value[field]) and len(value[field]) == 2 for field in ("offset", "size"))
     )
 
 

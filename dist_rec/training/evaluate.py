@@ -6,6 +6,7 @@ Needs no engine: the dense model is loaded whole on every rank, the tables are s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
     """
     quieten()
     found = checkpoint.find(run)
+    # Of the ranks that trained: these may be others.
+    config = replace(config, tables=replace(config.tables, plan=None))
     prepared = prepare(config)
     if split not in prepared.indexes:
         raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
@@ -52,7 +55,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
                     yield batch, model(tables.vectors(sharded(batch), batch), batch)
 
         tasks = {task: spec.label for task, spec in model.tasks.items()}
-        result = evaluate(prepared, tasks, stream, predict)
+        result = evaluate(prepared, tasks, stream, predict, sharded)
         entry = {"split": split, "step": saved.step, **result}
         if process.is_main:
             write_evaluation(run, entry)

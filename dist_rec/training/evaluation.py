@@ -8,22 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data.stream import Stream
+from ..embeddings.managed import id_counts, managed_ids
 from ..files import write_text
 from .metrics import Evaluation
+from .process import choose_device
 from .setup import Prepared
 
 FILE_NAME = "evaluation.json"
+# Of what is told of managed ids, which evaluation only reads.
+EVALUATED = ("occupancy", "collisions")
 
 
-def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict) -> dict[str, Any]:
+def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict, sharded: nn.Module) -> dict[str, Any]:
     """Run `predict` over a stream and compute every metric, and how fast it went. Collective.
 
     Args:
         tasks: label of each task.
         predict: iterator of batches -> iterator of (batch, output with `logits`).
+        sharded: the tables that `predict` reads; of those with managed ids, `managed` of the result says how full
+            they are, and what share of the ids read a shared row.
     """
+    for ids in managed_ids(sharded).values():
+        ids.forget_evaluation()
     started, schema = time.monotonic(), prepared.schema
     evaluation = Evaluation(schema.domains.names, list(tasks), prepared.config.evaluate.ndcg_at)
     for batch, output in predict(stream.batches(epoch=0)):
@@ -43,7 +52,9 @@ def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict)
     metrics = evaluation.compute()
     seconds = time.monotonic() - started
     rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.reader.index.rows / seconds, 1)}
-    return {"rates": rates, **metrics}
+    counted = id_counts(sharded, choose_device(prepared.config), evaluated=True)
+    managed = {table: {k: v for k, v in c.shares().items() if k in EVALUATED} for table, c in counted.items()}
+    return {"rates": rates, **metrics, **({"managed": managed} if managed else {})}
 
 
 def read_evaluation(folder: Path) -> dict[str, Any] | None:

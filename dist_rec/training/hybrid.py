@@ -3,8 +3,9 @@
     embeddings = tables(batch.ids); output = engine(embeddings, batch)
     engine.backward(output.loss); engine.step()
 
-The tables' optimizer runs inside backward. TorchRec's `TrainPipelineSparseDist` sends the next
-batch's ids around while this one computes; only its backward and step are ours.
+The tables' optimizer runs inside backward, except for data-parallel tables, which step with the engine. TorchRec's
+`TrainPipelineSparseDist` sends the next batch's ids around while this one computes; only its backward and step are
+ours.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
 from ..config import DenseConfig
 from ..data.batch import Batch
+from ..embeddings.sharding import ShardedTables
 from ..embeddings.tables import EmbeddingTables
 
 
@@ -42,15 +43,14 @@ class _Pipeline(TrainPipelineSparseDist):
         self.engine.backward(losses)
 
 
-class _BothOptimizers:
-    """What the pipeline calls an optimizer: sets this step's learning rates, steps the engine."""
+class _AllOptimizers:
+    """What the pipeline calls an optimizer: sets this step's learning rates, steps replicated tables and engine."""
 
-    def __init__(
-        self, tables: DistributedModelParallel, engine: Any, factor: Callable[[int], float], start: int
-    ) -> None:
+    def __init__(self, tables: ShardedTables, engine: Any, factor: Callable[[int], float], start: int) -> None:
         self.engine, self.factor, self.step_number = engine, factor, start
-        self.fused = tables.fused_optimizer
-        self.groups = [(g, g["lr"]) for o in (self.fused, engine.optimizer) for g in o.param_groups]
+        self.fused, self.replicated = tables.fused_optimizer, tables.replicated
+        optimizers = (self.fused, self.replicated, engine.optimizer)
+        self.groups = [(g, g["lr"]) for o in optimizers for g in o.param_groups]
 
     def zero_grad(self) -> None:
         factor = self.factor(self.step_number)
@@ -60,6 +60,7 @@ class _BothOptimizers:
         self.fused.zero_grad()
 
     def step(self) -> None:
+        self.replicated.step()
         self.engine.step()
         self.step_number += 1
 
@@ -69,7 +70,7 @@ class Hybrid:
 
     Args:
         tables: what `tables.vectors` reads.
-        sharded: `tables` under `DistributedModelParallel`.
+        sharded: `tables` under a plan.
         engine: the DeepSpeed engine around the dense model.
         device: of this rank.
         factor: learning rate factor by step.
@@ -79,14 +80,14 @@ class Hybrid:
     def __init__(
         self,
         tables: EmbeddingTables,
-        sharded: DistributedModelParallel,
+        sharded: ShardedTables,
         engine: Any,
         device: torch.device,
         factor: Callable[[int], float],
         start: int = 0,
     ) -> None:
         self.tables, self.sharded, self.engine, self.device = tables, sharded, engine, device
-        self.optimizer = _BothOptimizers(sharded, engine, factor, start)
+        self.optimizer = _AllOptimizers(sharded, engine, factor, start)
         self.pipeline = _Pipeline(
             sharded, self.optimizer, device, execute_all_batches=True, custom_model_fwd=self._forward
         )

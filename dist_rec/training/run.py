@@ -60,6 +60,11 @@ def train(config: Config) -> Path:
             tracker = Tracker(folder, trainer.step)
             if earlier:
                 print(_how_it_goes_on(earlier, trainer), file=sys.stderr)
+            if config.tables.wire != "fp32" and process.world_size == 1:
+                print(
+                    f"dist-rec: tables.wire {config.tables.wire} does nothing: one rank sends no vectors.",
+                    file=sys.stderr,
+                )
         try:
             rates = trainer.train(tracker)
             split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)

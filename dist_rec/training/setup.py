@@ -23,8 +23,13 @@ from ..data.order import Order, temperature_weights
 from ..data.reader import ShardReader
 from ..data.remote import Retry
 from ..data.stream import Stream
+from ..data.vocabulary import id_maps
+from ..embeddings.clusters import Cluster, this_machine
 from ..embeddings.description import plan_from_description
+from ..embeddings.ids import fault_of_rows
+from ..embeddings.plan_file import check_plan, read_plan
 from ..embeddings.planner import make_plan
+from ..embeddings.sharders import check_kernels
 from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
 from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
 from ..errors import UserError
@@ -92,14 +97,20 @@ def prepare(config: Config) -> Prepared:
         faults += _data_faults(config, indexes)
         features = used_features(schema, config)
         specs = attempt(table_specs, schema, config.tables, features)
+        managed = [fault_of_rows(spec.name, spec.rows, world_size()) for spec in specs or [] if spec.managed]
+        faults += filter(None, managed)
+        if specs is not None and config.tables.plan is not None:
+            attempt(check_plan, config.tables.plan, specs, config.tables, world_size())
+        if specs is not None and (device := attempt(choose_device, config)) is not None:
+            attempt(check_kernels, specs, device.type)
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
         if config.text.mode == "full":
             folder = attempt(resolve_model_folder, config.text.model)
             attempt(_check_tokenizer, config.text.model, folder, data.train, train.tokenizer)
         # Faulty overrides hide no fault of the model, for which any widths will do.
-        trial = specs if specs is not None else table_specs(schema, TablesConfig(), features)
-        attempt(_try_model, schema, config, trial, features)
+        dims = _dims(specs) if specs is not None else dict.fromkeys(schema.table_sizes(), TablesConfig().dim)
+        attempt(_try_model, schema, config, dims, features)
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise UserError(f"this run cannot start:\n{lines}")
@@ -150,10 +161,10 @@ def _check_tokenizer(model: str, folder: Path | None, root: str, tokenizer: Toke
         )
 
 
-def _try_model(schema: Schema, config: Config, specs: list[TableSpec], features: list[str]) -> None:
+def _try_model(schema: Schema, config: Config, dims: dict[str, int], features: list[str]) -> None:
     """Build the model without memory, for the faults that only the model knows."""
     with torch.device("meta"):
-        FoundationModel(schema, config.model, _dims(specs), 0, None, features, Reduction())
+        FoundationModel(schema, config.model, dims, 0, None, features, Reduction())
 
 
 def _dims(specs: list[TableSpec]) -> dict[str, int]:
@@ -277,6 +288,7 @@ def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: in
         rank=rank,
         world_size=world,
         vectors=prepared.store.lookup if prepared.store else None,
+        id_maps=id_maps(prepared.schema, config.tables.overrides, prepared.features),
         read_ahead=config.data.read_ahead,
     )
 
@@ -302,10 +314,10 @@ def build_tables(
     """Plan and place the tables. Collective.
 
     Args:
-        planned: a plan as `describe_plan` told it, used again if it fits these ranks.
+        planned: a plan as `describe_plan` told it, used again if it fits these ranks; `tables.plan` goes before.
 
     Raises:
-        UserError: no plan fits.
+        UserError: no plan fits, or `tables.plan` is none for these tables and ranks.
     """
     config, index = prepared.config, prepared.indexes["train"]
     tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, torch.device("meta"))
@@ -313,20 +325,33 @@ def build_tables(
     local_world_size = ranks_per_host(process.local_world_size, prepared.specs, process.device)
     ranks = {"world_size": process.world_size, "local_world_size": local_world_size, "device": process.device}
     plan = None
-    if planned is not None:
+    if config.tables.plan is not None:
+        plan = plan_from_description(read_plan(config.tables.plan).plan, tables, **ranks)
+    elif planned is not None:
         # The same number of ranks on other hosts may need another plan.
         with suppress(UserError):
             plan = plan_from_description(planned, tables, **ranks)
     if plan is None:
-        memory = torch.tensor(process.memory_bytes(), device=process.device)
-        torch.distributed.all_reduce(memory, torch.distributed.ReduceOp.MIN)
         lengths = {n: index.statistics[n].mean_length for n in prepared.features if n in index.statistics}
         plan = make_plan(
             tables,
             prepared.specs,
+            _agreed_cluster(process, local_world_size),
             batch_size=batch_rows,
             pooling_factors=lengths,
-            memory_bytes=int(memory),
-            **ranks,
-        )
+            wire=config.tables.wire,
+        ).plan
     return tables, shard(tables, prepared.specs, plan, config.tables, process.device, config.run.seed), plan
+
+
+def _agreed_cluster(process: Process, local_world_size: int) -> Cluster:
+    """The machines of this run as rank 0 sees them, with the least memory that a rank has. Collective."""
+    seen = this_machine(process.world_size, process.device.type, local_world_size)
+    memory = torch.tensor(process.memory_bytes(), device=process.device)
+    dist.all_reduce(memory, dist.ReduceOp.MIN)
+    if process.device.type == "cuda":
+        shared = [replace(seen, device_memory=int(memory), reserved_share=0.0)]
+    else:
+        shared = [replace(seen, host_memory=int(memory) * local_world_size, reserved_share=0.0)]
+    dist.broadcast_object_list(shared, device=process.device)
+    return shared[0]

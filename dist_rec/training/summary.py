@@ -5,12 +5,14 @@ Goes through checkpoints, so that it is of the whole history however often the r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
 import torch.distributed as dist
 from pydantic import Field
 
+from ..embeddings.ids import IdCounts
 from ..strict import strict
 from .passes import FROM_THE_START, Pass, Passes
 from .process import Process
@@ -50,11 +52,12 @@ class Epoch:
 
 @strict
 class Summary:
-    """The whole summary; `attempts` counts how often the run was started."""
+    """The whole summary; `attempts` counts how often the run was started, `managed` what became of ids, by table."""
 
     attempts: int = Field(default=0, ge=0)
     epochs: list[Epoch] = field(default_factory=list)
     lost: Lost = field(default_factory=Lost)
+    managed: dict[str, IdCounts] = field(default_factory=dict)
 
 
 class Account:
@@ -63,10 +66,11 @@ class Account:
     Args:
         process: this rank.
         earlier: the summary in the checkpoint that the run goes on from.
+        count_ids: what became of managed ids since this process began, over all ranks.
     """
 
-    def __init__(self, process: Process, earlier: Summary) -> None:
-        self.process, self.earlier = process, earlier
+    def __init__(self, process: Process, earlier: Summary, count_ids: Callable[[], dict[str, IdCounts]]) -> None:
+        self.process, self.earlier, self.count_ids = process, earlier, count_ids
         self.epochs = {entry.epoch: entry for entry in earlier.epochs}
         self.lost_rows = 0
 
@@ -106,4 +110,7 @@ class Account:
                 rows=self.earlier.lost.rows + sum(rows for rows, _ in everyone),
                 blocks=[distinct[key] for key in sorted(distinct)],
             ),
+            managed={
+                table: now.after(self.earlier.managed.get(table, IdCounts())) for table, now in self.count_ids().items()
+            },
         )

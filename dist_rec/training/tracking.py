@@ -53,7 +53,14 @@ class Stopwatch:
 class NoTracker:
     """Tracks nothing."""
 
-    def step(self, step: int, total: int, losses: dict[str, float], rows_per_s: float) -> None: ...
+    def step(
+        self,
+        step: int,
+        total: int,
+        losses: dict[str, float],
+        rows_per_s: float,
+        managed: dict[str, dict[str, float]] | None = None,
+    ) -> None: ...
 
     def evaluation(self, step: int, result: dict[str, Any]) -> None: ...
 
@@ -103,11 +110,26 @@ class Tracker(NoTracker):
         self.task = self.progress.add_task("train", completed=start, loss=float("nan"), rate=0.0)
         self.progress.start()
 
-    def step(self, step: int, total: int, losses: dict[str, float], rows_per_s: float) -> None:
-        """Record that `step` steps of `total` are done, the last with these losses of the global batch."""
+    def step(
+        self,
+        step: int,
+        total: int,
+        losses: dict[str, float],
+        rows_per_s: float,
+        managed: dict[str, dict[str, float]] | None = None,
+    ) -> None:
+        """Record that `step` steps of `total` are done, the last with these losses of the global batch.
+
+        Args:
+            managed: what happened to the ids of each managed table since the last record.
+        """
         now = time.monotonic()
-        self._write({"step": step, "seconds": round(now - self.started, 3), "losses": losses, "rows_per_s": rows_per_s})
-        self._draw({f"loss/{name}": value for name, value in losses.items()} | {"rows_per_s": rows_per_s}, step)
+        entry = {"step": step, "seconds": round(now - self.started, 3), "losses": losses, "rows_per_s": rows_per_s}
+        self._write(entry | ({"managed": managed} if managed else {}))
+        scalars = {f"loss/{name}": value for name, value in losses.items()} | {"rows_per_s": rows_per_s}
+        for table, numbers in (managed or {}).items():
+            scalars |= {f"managed/{table}/{name}": value for name, value in numbers.items()}
+        self._draw(scalars, step)
         self.progress.update(self.task, completed=step, total=total, loss=losses["loss"], rate=rows_per_s)
         if not self.console.is_terminal and (now - self.last_said >= PLAIN_SECONDS or step == total):
             self.last_said = now

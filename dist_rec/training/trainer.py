@@ -11,6 +11,8 @@ import torch
 from ..data.index import Index
 from ..data.stream import Stream
 from ..embeddings.description import describe_plan
+from ..embeddings.ids import IdCounts
+from ..embeddings.managed import id_counts
 from ..errors import Stopped, UserError
 from ..strict import to_dict
 from . import checkpoint
@@ -61,7 +63,8 @@ class Trainer:
             self.converted = checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
         self.tasks = {task: spec.label for task, spec in model.tasks.items()}
-        self.account = Account(process, state.summary)
+        self.account = Account(process, state.summary, self._count_ids)
+        self.told_ids: dict[str, IdCounts] = {}
         self.lost_block_rows = 0
         self.writer = checkpoint.Writer(config.run_folder / "checkpoints", config.checkpoint)
 
@@ -150,7 +153,7 @@ class Trainer:
                 losses = self._losses(output)
             if is_told:
                 rate = watch.lap(self.passes.rows_until(self.step))
-                tracker.step(self.step, one.total, losses, round(rate, 1))
+                tracker.step(self.step, one.total, losses, round(rate, 1), self._news_of_ids())
             if agreement.save:
                 self.save()
             if agreement.stop:
@@ -160,6 +163,14 @@ class Trainer:
                     "on from there."
                 )
             self._evaluate_what_is_due(tracker, one, watch)
+
+    def _count_ids(self) -> dict[str, IdCounts]:
+        return id_counts(self.hybrid.sharded, self.process.device)
+
+    def _news_of_ids(self) -> dict[str, dict[str, float]]:
+        """What happened to managed ids since this was last asked, by table. Collective."""
+        before, self.told_ids = self.told_ids, self._count_ids()
+        return {table: now.since(before.get(table, IdCounts())).shares() for table, now in self.told_ids.items()}
 
     def _losses(self, output: dict[str, Any]) -> dict[str, float]:
         losses = {name: float(value) for name, value in output["losses"].items()}
@@ -203,7 +214,7 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics over a whole split. Collective."""
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
-        return evaluate(self.prepared, self.tasks, stream, self.hybrid.predict)
+        return evaluate(self.prepared, self.tasks, stream, self.hybrid.predict, self.hybrid.sharded)
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless this step has one. Collective."""

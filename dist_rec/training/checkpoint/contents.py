@@ -10,12 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from ...embeddings.ids import ID
+from ...embeddings.managed import managed_ids
+from ...embeddings.sharding import ShardedTables
 from ...strict import to_dict
 from .boxes import Box
 from .dense import DenseState, mine
-from .manifest import DENSE, PARAMETER, TABLES, KindInfo, PieceInfo, TensorInfo, key_of
+from .managed import pending_parts
+from .manifest import DENSE, FOLDERS, PARAMETER, PENDING, TABLES, KindInfo, PieceInfo, TensorInfo, key_of
 from .tables import local_shards
 from .tensor_file import DTYPES, Entry, split
 
@@ -67,13 +70,13 @@ class Contents:
 
     Attributes:
         sources: of each file, by its name in the checkpoint.
-        tensors: `tables` and `dense` as in the manifest, with this rank's pieces only.
+        tensors: `tables`, `dense` and `pending` as in the manifest, with this rank's pieces only.
         dense_steps: steps that the dense optimizer has counted.
     """
 
     dense_steps: int
     sources: dict[str, list[Source]] = field(default_factory=dict)
-    tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: {TABLES: {}, DENSE: {}})
+    tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: {group: {} for group in FOLDERS})
 
     def _sizes(self, only_gpu: bool) -> int:
         found = [source for sources in self.sources.values() for source in sources]
@@ -91,15 +94,17 @@ class Contents:
     def add(
         self, group: str, name: str, shape: tuple[int, ...], box: Box, tensors: dict[str, tuple[Tensor, torch.dtype]]
     ) -> None:
-        """One piece with all its kinds."""
-        file = f"{group}/rank-{dist.get_rank():05d}.safetensors"
+        """One piece with all its kinds; an empty one only says that there are such tensors."""
+        file = f"{FOLDERS[group]}/rank-{dist.get_rank():05d}.safetensors"
         kinds = {
             kind: KindInfo(dtype=DTYPES[dtype], per_row=tensor.ndim < len(box.size))
             for kind, (tensor, dtype) in tensors.items()
         }
         info = self.tensors[group].setdefault(
-            name, TensorInfo(shape=list(shape), flat=group == DENSE, kinds=kinds, pieces=[])
+            name, TensorInfo(shape=list(shape), flat=group != TABLES, kinds=kinds, pieces=[])
         )
+        if not box.volume:
+            return
         info.pieces.append(PieceInfo(file=file, offset=list(box.offset), size=list(box.size)))
         sources = self.sources.setdefault(file, [])
         sources += [Source(key_of(name, kind, box), tensor, dtype) for kind, (tensor, dtype) in tensors.items()]
@@ -119,18 +124,24 @@ class Contents:
         return {**tensors, "dense_steps": self.dense_steps}
 
 
-def contents_of(sharded: DistributedModelParallel, engine) -> Contents:
-    """This rank's part of the model as it is; reads no values yet. No collective."""
+def contents_of(sharded: ShardedTables, engine) -> Contents:
+    """This rank's part of the model as it is; reads no values yet. Collective where tables have managed ids."""
     state = DenseState(engine)
     contents = Contents(state.steps)
-    for shard in local_shards(sharded):
-        tensors = {kind: (tensor, tensor.dtype) for kind, tensor in shard.tensors.items()}
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    managed = managed_ids(sharded)
+    for shard in filter(None, (shard.share(rank, ranks) for shard in local_shards(sharded))):
+        numbers = managed[shard.table].by_row() if shard.table in managed else {}
+        tensors = {kind: (tensor, tensor.dtype) for kind, tensor in (shard.tensors | numbers).items()}
         contents.add(TABLES, shard.table, shard.shape, shard.box, tensors)
-    for one in mine(state.ranges(), dist.get_rank(), dist.get_world_size()):
+    for table, (total, first, pending) in pending_parts(sharded).items():
+        tensors = {kind: (tensor, tensor.dtype) for kind, tensor in pending.items()}
+        contents.add(PENDING, table, (total,), Box((first,), (len(pending[ID]),)), tensors)
+    for one in mine(state.ranges(), rank, ranks):
         # Parameters in fp32 whatever the model's precision, so that any other can load them.
         tensors = {k: (t, torch.float32 if k == PARAMETER else t.dtype) for k, t in one.tensors.items()}
         contents.add(DENSE, one.name, one.shape, one.box, tensors)
-    if dist.get_rank() == 0:
+    if rank == 0:
         for name, (shape, kinds) in state.layout().items():
             if 0 in shape:
                 about = {kind: KindInfo(dtype="F32") for kind in kinds}

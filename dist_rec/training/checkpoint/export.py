@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ...errors import UserError
 from .boxes import Box
-from .manifest import DENSE, MODEL_KINDS, PARAMETER, WEIGHT, TensorInfo
+from .managed import whole_numbers
+from .manifest import DENSE, ID, MODEL_KINDS, PARAMETER, TABLES, VOCABULARY_KINDS, WEIGHT, TensorInfo
 from .reader import READ_BYTES, Saved, row_state
 from .tensor_file import DTYPES, Entry, write_tensors
 
@@ -30,7 +31,12 @@ def inspect(saved: Saved) -> dict[str, Any]:
             "dtype": info.kinds[WEIGHT].dtype,
             "sharding_type": manifest.plan.get(name, {}).get("sharding_type"),
             "shards": len(info.pieces),
-            "optimizer": {k: "row" if about.per_row else "weight" for k, about in info.kinds.items() if k != WEIGHT},
+            "optimizer": {
+                kind: "row" if about.per_row else "weight"
+                for kind, about in info.kinds.items()
+                if kind not in (WEIGHT, *VOCABULARY_KINDS)
+            },
+            "managed": ID in info.kinds,
         }
         for name, info in manifest.tables.items()
     }
@@ -79,6 +85,10 @@ def export_full(saved: Saved, out: Path, with_optimizer: bool) -> dict[str, Any]
     Names are `tables.NAME`, `dense.NAME` and, for optimizer states, `optimizer.tables.NAME.KIND` and
     `optimizer.dense.NAME.KIND`. Row-wise states of column shards become their width-weighted mean.
 
+    A managed table has `tables.NAME.id` beside it, int64 `[rows]`: what `data.vocabulary.mix` makes of a row's id, the
+    largest int64 where a row has none. The file's metadata has its `tables.NAME.ranges`: the ids 0 .. RAW_IDS - 1 are
+    cut into so many equal ranges, the rows, too, and an id that is not there reads the last row of its range's.
+
     Args:
         saved: a verified checkpoint.
         out: the file; must not exist.
@@ -93,6 +103,11 @@ def export_full(saved: Saved, out: Path, with_optimizer: bool) -> dict[str, Any]
         raise UserError(f"{out} exists: name another file with --out, or remove it.")
     entries = [entry for entry, is_model in _entries(saved) if is_model or with_optimizer]
     metadata = {"format": "pt", "step": str(saved.step)}
+    metadata |= {
+        f"tables.{name}.ranges": str(len(info.pieces))
+        for name, info in saved.manifest.tables.items()
+        if ID in info.kinds
+    }
     if with_optimizer:
         metadata["dense_steps"] = str(saved.manifest.dense_steps)
     beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
@@ -107,11 +122,14 @@ def export_full(saved: Saved, out: Path, with_optimizer: bool) -> dict[str, Any]
 
 def _entries(saved: Saved) -> Iterator[tuple[Entry, bool]]:
     """Every whole tensor, and whether it is the model's and not the optimizer's."""
-    for group, tensors in saved.manifest.groups().items():
+    for group, tensors in ((TABLES, saved.manifest.tables), (DENSE, saved.manifest.dense)):
         for name, info in sorted(tensors.items()):
             for kind, about in info.kinds.items():
                 is_model = kind in MODEL_KINDS[group]
                 key = f"{group}.{name}" if is_model else f"optimizer.{group}.{name}.{kind}"
+                if group == TABLES and kind == ID:
+                    # Without it, nobody could tell whose vectors the rows are.
+                    is_model, key = True, f"{group}.{name}.{ID}"
                 shape = info.shape[:1] if about.per_row else info.shape
                 blocks = partial(_blocks, saved, name, info, kind)
                 yield Entry(key, TORCH_DTYPES[about.dtype], tuple(shape), blocks), is_model
@@ -126,7 +144,9 @@ def _blocks(saved: Saved, name: str, info: TensorInfo, kind: str) -> Iterator[Te
     dtype = TORCH_DTYPES[about.dtype]
     width = box.volume // box.size[0] * dtype.itemsize
     for block in box.rows(max(READ_BYTES // width, 1)):
-        if about.per_row:
+        if about.per_row and not dtype.is_floating_point:
+            yield whole_numbers(saved, name, info, kind, block)
+        elif about.per_row:
             yield row_state(saved, name, info, kind, block).to(dtype)
         else:
             target = torch.empty(block.size, dtype=dtype)

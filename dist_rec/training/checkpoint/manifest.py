@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import field
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,16 +19,21 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
+from ...embeddings.ids import COUNT, ID, LAST_SEEN
 from ...errors import UserError
 from ...strict import from_dict, strict, to_dict
 from .boxes import Box, fault_of_tiling
 
 FORMAT = "dist_rec-checkpoint/2"
 STATE_NAME = "checkpoint.json"
-TABLES, DENSE = "tables", "dense"
+TABLES, DENSE, PENDING = "tables", "dense", "pending"
+# Where the pieces of a group lie.
+FOLDERS = {TABLES: "tables", DENSE: "dense", PENDING: "tables"}
 WEIGHT, PARAMETER, BUFFER = "weight", "parameter", "buffer"
 # The kinds that are the model itself; every other is a state of the optimizer.
-MODEL_KINDS = {TABLES: (WEIGHT,), DENSE: (PARAMETER, BUFFER)}
+MODEL_KINDS = {TABLES: (WEIGHT,), DENSE: (PARAMETER, BUFFER), PENDING: (ID,)}
+# Those of a managed table that are about its ids, one whole number a row each.
+VOCABULARY_KINDS = (ID, COUNT, LAST_SEEN)
 # Larger than that of thousands of ranks; what is larger still is not ours, and would fill the memory.
 MOST_MANIFEST_BYTES = 1 << 30
 MOST_FAULTS = 20
@@ -64,7 +70,7 @@ class PieceInfo:
 @strict
 class TensorInfo:
     """One parameter. Pieces of a table are boxes of its rows and columns, those of a dense
-    parameter (`flat`) ranges of its elements in row-major order."""
+    parameter (`flat`) ranges of its elements in row-major order, as are those of pending ids."""
 
     shape: list[Size]
     flat: bool
@@ -96,6 +102,7 @@ class Manifest:
         config: the resolved config.
         plan: the tables' sharding plan, for the reader.
         environment: what must be equal for the same bits: versions, ranks, threads.
+        pending: of every managed table the ids that wait for a row.
         sha256: of all the rest.
     """
 
@@ -109,10 +116,11 @@ class Manifest:
     tables: dict[str, TensorInfo]
     dense: dict[str, TensorInfo]
     files: dict[FileName, FileInfo]
+    pending: dict[str, TensorInfo] = field(default_factory=dict)
     sha256: str = ""
 
     def groups(self) -> dict[str, dict[str, TensorInfo]]:
-        return {TABLES: self.tables, DENSE: self.dense}
+        return {TABLES: self.tables, DENSE: self.dense, PENDING: self.pending}
 
     def faults(self) -> list[str]:
         """What contradicts itself: pieces that do not tile their tensor, or lie in unknown files."""
@@ -121,15 +129,24 @@ class Manifest:
             for name, info in tensors.items():
                 whole = [kind for kind in info.kinds if kind in MODEL_KINDS[group]]
                 per_row = [kind for kind, about in info.kinds.items() if about.per_row]
-                if info.flat != (group == DENSE) or (group == TABLES and len(info.shape) != 2):
+                dimensions = {TABLES: 2, PENDING: 1}.get(group, len(info.shape))
+                if info.flat != (group != TABLES) or len(info.shape) != dimensions:
                     faults.append(f"{group} {name!r} has shape {info.shape}, flat {info.flat}")
-                elif len(whole) != 1 or (per_row and (group == DENSE or whole[0] in per_row)):
+                elif len(whole) != 1 or (per_row and (group != TABLES or whole[0] in per_row)):
                     faults.append(f"{group} {name!r} has impossible kinds {sorted(info.kinds)}")
+                elif numbers := [k for k in info.kinds if k in VOCABULARY_KINDS and _is_odd(info.kinds[k], group)]:
+                    faults.append(f"{group} {name!r} has impossible {sorted(numbers)}")
                 elif fault := fault_of_tiling(info.space, [piece.box for piece in info.pieces]):
                     faults.append(f"{group} {name!r}: {fault}")
-                strange = {p.file for p in info.pieces if p.file not in self.files or not p.file.startswith(group)}
+                folder = FOLDERS[group]
+                strange = {p.file for p in info.pieces if p.file not in self.files or not p.file.startswith(folder)}
                 faults += [f"{group} {name!r} has a piece in {file}, which is not listed" for file in sorted(strange)]
         return faults
+
+
+def _is_odd(kind: KindInfo, group: str) -> bool:
+    """Whether this cannot be one of VOCABULARY_KINDS."""
+    return kind.dtype != "I64" or kind.per_row != (group == TABLES)
 
 
 def key_of(name: str, kind: str, box: Box) -> str:

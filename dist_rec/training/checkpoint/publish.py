@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import UserError
 from ...files import sync, write_text
 from .folder import LATEST, checkpoints, latest, name_of, remove
-from .manifest import FORMAT, STATE_NAME, FileInfo, Manifest, TensorInfo, manifest_text
+from .manifest import FOLDERS, FORMAT, STATE_NAME, FileInfo, Manifest, TensorInfo, manifest_text
 
 POLL_SECONDS = 0.1
 # A rank that writes this much longer than rank 0 waits for something that will not come.
@@ -115,7 +115,7 @@ class Publisher(threading.Thread):
         return [results[rank] for rank in range(self.ranks)]
 
     def _merge(self, results: list[dict[str, Any]]) -> Manifest:
-        tensors: dict[str, dict[str, TensorInfo]] = {"tables": {}, "dense": {}}
+        tensors: dict[str, dict[str, TensorInfo]] = {group: {} for group in FOLDERS}
         files, steps = {}, set()
         for result in results:
             files |= {name: FileInfo(**info) for name, info in result["files"].items()}

@@ -34,6 +34,7 @@ class Saved:
     manifest: Manifest
     passed_over: list[str] = field(default_factory=list)
     _open: dict[str, Any] = field(default_factory=dict, repr=False)
+    _read: dict[str, int] = field(default_factory=dict, repr=False)
 
     @property
     def step(self) -> int:
@@ -63,11 +64,19 @@ class Saved:
         """
         per_row = info.kinds[kind].per_row
         for file, whole, both in self.sources(info, box):
-            part = self._file(file).get_slice(key_of(name, kind, whole))
             width = 1 if per_row else both.volume // both.size[0]
             for block in both.rows(max(READ_BYTES // (width * torch.float64.itemsize), 1)):
                 where = block.within(whole)
-                yield whole, block, part[where[:1] if per_row else where]
+                values = self._file(file).get_slice(key_of(name, kind, whole))[where[:1] if per_row else where]
+                self._count(file, values.nbytes)
+                yield whole, block, values
+
+    def _count(self, name: str, read: int) -> None:
+        """Let a file go of which much has been read: what is mapped of it counts as this process's memory."""
+        self._read[name] = self._read.get(name, 0) + read
+        if self._read[name] >= READ_BYTES:
+            self._open.pop(name, None)
+            self._read[name] = 0
 
     def fill(self, name: str, info: TensorInfo, kind: str, box: Box, target: Tensor) -> None:
         """Copy `box` of a kind that is not `per_row` into `target`, which has its shape."""

@@ -9,24 +9,29 @@ columns has one number a row and column shard. Loaded into shards whose columns
 * span several saved shards, it is their mean, weighted by width: what a whole row would have summed;
 * are part of one saved shard, it is that shard's.
 
-The last two are other numbers than a run that had always been cut that way would have; both are said.
+The last two are other numbers than a run that had always been cut that way would have; both are said. So is a weight
+that was saved in another precision, which is rounded or widened.
+
+A table that every rank holds whole (data-parallel) is written once, each rank its share of the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from ...embeddings.sharding import table_weights
+from ...embeddings.managed import managed_ids
+from ...embeddings.sharding import ShardedTables, local_parts, table_weights
 from ...errors import UserError
 from .boxes import Box
-from .manifest import MOST_FAULTS, WEIGHT
-from .reader import Saved, row_state
+from .managed import Moved, faults_of_ids, move_ids, restore_ids, said_of, same_cut
+from .manifest import MOST_FAULTS, VOCABULARY_KINDS, WEIGHT
+from .reader import READ_BYTES, Saved, row_state
+from .tensor_file import DTYPES
 
 
 @dataclass(frozen=True)
@@ -38,39 +43,48 @@ class Shard:
         box: rows and columns of this shard.
         tensors: the live memory by kind: `weight` `[rows, columns]`, optimizer states of that
             shape or `[rows]`.
+        replicated: whether every rank holds the same.
     """
 
     table: str
     shape: tuple[int, int]
     box: Box
     tensors: dict[str, Tensor]
+    replicated: bool = False
+
+    def share(self, rank: int, ranks: int) -> Shard | None:
+        """What `rank` writes of it: of what all hold, the rank's part of the rows, None if there are too few."""
+        if not self.replicated:
+            return self
+        first, end = (self.shape[0] * r // ranks for r in (rank, rank + 1))
+        if first == end:
+            return None
+        box = Box((first, 0), (end - first, self.shape[1]))
+        return replace(self, box=box, tensors={kind: tensor[first:end] for kind, tensor in self.tensors.items()})
 
 
-def local_shards(sharded: DistributedModelParallel) -> list[Shard]:
+def local_shards(sharded: ShardedTables) -> list[Shard]:
     """This rank's table shards. No collective: ranks may differ in which tables they hold."""
-    states = {}
+    states: dict[tuple[str, Box], dict[str, Tensor]] = {}
     fused = sharded.fused_optimizer
     for parameter in fused.params.values():
         for name, state in fused.state[parameter].items():
             table, kind = name.rsplit(".", 1)
-            for shard, local in zip(parameter.local_shards(), state.local_shards(), strict=True):
-                states.setdefault((table, _box(shard.metadata)), {})[kind] = local.tensor
+            # The state of a row has no columns to tell column shards apart by.
+            for (offset, size, _), (_, _, local) in zip(local_parts(parameter), local_parts(state), strict=True):
+                states.setdefault((table, Box(offset, size)), {})[kind] = local
     shards = []
     for table, weight in sorted(table_weights(sharded).items()):
-        for local in weight.local_shards():
-            box = _box(local.metadata)
+        replicated = table in sharded.replicated.parameters
+        for offset, size, local in local_parts(weight):
+            box = Box(offset, size)
+            state = sharded.replicated.state(table) if replicated else states.get((table, box), {})
             if box.volume:
-                shards.append(
-                    Shard(table, tuple(weight.size()), box, {WEIGHT: local.tensor, **states.get((table, box), {})})
-                )
+                shards.append(Shard(table, tuple(weight.size()), box, {WEIGHT: local, **state}, replicated))
     return shards
 
 
-def _box(metadata) -> Box:
-    return Box(tuple(metadata.shard_offsets), tuple(metadata.shard_sizes))
-
-
-def load_tables(saved: Saved, sharded: DistributedModelParallel, with_optimizer: bool = True) -> list[str]:
+def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = True) -> list[str]:
     """Fill every shard of this rank. Collective.
 
     Args:
@@ -86,33 +100,53 @@ def load_tables(saved: Saved, sharded: DistributedModelParallel, with_optimizer:
     """
     shards = local_shards(sharded)
     shapes = {name: list(weight.size()) for name, weight in table_weights(sharded).items()}
-    faults = _faults(saved, shapes, shards if with_optimizer else [])
-    mean, shared = set(), set()
+    managed = managed_ids(sharded)
+    faults = [*_faults(saved, shapes, shards if with_optimizer else []), *faults_of_ids(saved, managed)]
+    mean, shared, converted = set(), set(), set()
+    moved: dict[str, Moved | None] = {}
     if not faults:
         for shard in shards:
             info = saved.manifest.tables[shard.table]
-            for kind in shard.tensors if with_optimizer else [WEIGHT]:
+            precision = info.kinds[WEIGHT].dtype, DTYPES[shard.tensors[WEIGHT].dtype]
+            converted |= {(*precision, shard.table)} if precision[0] != precision[1] else set()
+            kinds = list(shard.tensors) if with_optimizer else [WEIGHT]
+            if (ids := managed.get(shard.table)) is not None:
+                if not same_cut(saved, shard.table, shard.box):
+                    found, moved[shard.table] = move_ids(
+                        saved, shard.table, {kind: shard.tensors[kind] for kind in kinds}, ids
+                    )
+                    faults += found
+                    continue
+                faults += restore_ids(saved, shard.table, shard.box, ids)
+            for kind in kinds:
                 target = shard.tensors[kind]
                 if not info.kinds[kind].per_row:
                     saved.fill(shard.table, info, kind, shard.box, target)
                 else:
-                    with torch.no_grad():
-                        target.copy_(row_state(saved, shard.table, info, kind, shard.box))
+                    for rows in shard.box.rows(READ_BYTES // torch.float64.itemsize):
+                        with torch.no_grad():
+                            target[rows.within(shard.box)[0]].copy_(row_state(saved, shard.table, info, kind, rows))
                     widths = [(whole.size[1], both.size[1]) for _, whole, both in saved.sources(info, shard.box)]
                     mean |= {shard.table for _, taken in widths if taken < shard.box.size[1]}
                     shared |= {shard.table for width, taken in widths if width > taken}
+            if precision[0] != precision[1] and not shard.tensors[WEIGHT].isfinite().all():
+                faults.append(f"table {shard.table!r} has weights that {precision[1]} cannot hold: keep {precision[0]}")
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (faults, mean, shared))
-    faults = sorted({fault for found, _, _ in everyone for fault in found})
+    dist.all_gather_object(everyone, (faults, mean, shared, converted, moved))
+    faults = sorted({fault for found, *_ in everyone for fault in found})
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults[:MOST_FAULTS])
         raise UserError(
             f"the tables of checkpoint {saved.folder} are not the config's ({len(faults)} differences):\n{lines}"
         )
-    return list(_said(set().union(*(m for _, m, _ in everyone)), set().union(*(s for _, _, s in everyone))))
+    _, *sets, taken = zip(*everyone, strict=True)
+    by_table = {table: [one[table] for one in taken if table in one] for table in set().union(*taken)}
+    return [*_said(*(set().union(*some) for some in sets)), *said_of(by_table)]
 
 
-def _said(mean: set[str], shared: set[str]) -> Iterator[str]:
+def _said(mean: set[str], shared: set[str], converted: set[tuple[str, str, str]]) -> Iterator[str]:
+    for before, now, table in sorted(converted):
+        yield f"table {table}: weights were saved as {before} and are {now} now"
     if mean:
         yield (
             f"tables {', '.join(sorted(mean))}: the optimizer state of a row is the width-weighted mean of those that "
@@ -135,7 +169,8 @@ def _faults(saved: Saved, shapes: dict[str, list[int]], shards: list[Shard]) -> 
             faults.append(f"table {name!r} is {rows} x {dim}, the config wants {wanted[0]} x {wanted[1]}")
     for shard in shards:
         if shard.table in tables:
-            found = {kind: about.per_row for kind, about in tables[shard.table].kinds.items()}
+            kinds = tables[shard.table].kinds.items()
+            found = {kind: about.per_row for kind, about in kinds if kind not in VOCABULARY_KINDS}
             wanted = {kind: tensor.ndim == 1 for kind, tensor in shard.tensors.items()}
             if found != wanted:
                 faults.append(

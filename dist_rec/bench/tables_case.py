@@ -1,0 +1,128 @@
+"""One rank of one case of `dist-rec bench tables`: fill, train, save, spoil, load.
+
+    torchrun --standalone --nproc-per-node 2 -m dist_rec.bench.tables_case CASE STEPS
+
+CASE holds config.yaml; rank 0 leaves result.json there. Built of the parts that training is built of.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from isal.isal_zlib import crc32
+
+from ..config import Config, load_config
+from ..embeddings.description import describe_plan
+from ..errors import UserError
+from ..strict import to_dict
+from ..training import checkpoint
+from ..training.checkpoint.tables import local_shards
+from ..training.collectives import DistributedReduction
+from ..training.engine import make_engine
+from ..training.hybrid import Hybrid
+from ..training.process import Process, choose_device, process_group, quieten
+from ..training.setup import Prepared, build_model, build_tables, build_training_stream, prepare
+from .clock import together
+from .tables import DRAWS, WARM_UP_STEPS
+
+
+def main() -> None:
+    quieten()
+    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    config = load_config(folder / "config.yaml")
+    with process_group(config, choose_device(config)) as process:
+        result = run_case(config, process, steps)
+        if process.is_main:
+            (folder / "result.json").write_text(json.dumps(result))
+
+
+def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
+    """Measure one case. Collective; `ends` are the seconds since 1970 at which each phase was done."""
+    prepared = {draw: prepare(replace(config, data=replace(config.data, domains=[draw]))) for draw in DRAWS}
+    ends: dict[str, float] = {}
+    result: dict[str, Any] = {"ends": ends}
+    first = prepared[DRAWS[0]]
+    batch_rows = config.data.batch_size // process.world_size
+    began = together()
+    tables, sharded, plan = build_tables(first, process, batch_rows)
+    result["init_s"] = round(together() - began, 2)
+    with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
+        engine = make_engine(
+            build_model(first, DistributedReduction()),
+            config.dense,
+            config.text,
+            batch_rows,
+            process.world_size,
+            process.device,
+        )
+    hybrid = Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
+    ends["init"] = time.time()
+
+    for draw in DRAWS:
+        seconds = _step_seconds(hybrid, prepared[draw], process, steps)
+        name = "" if draw == DRAWS[0] else f"_{draw}"
+        result[f"rows_per_s{name}"] = round(config.data.batch_size / seconds)
+        result[f"step_ms{name}"] = round(seconds * 1e3, 2)
+    ends["train"] = time.time()
+
+    writer = checkpoint.Writer(config.run_folder / "checkpoints", config.checkpoint)
+    held = _checksums(sharded)
+    began = together()
+    step = len(DRAWS) * (WARM_UP_STEPS + steps)
+    writer.save(step, sharded, engine, state={}, config=to_dict(config), plan=describe_plan(plan))
+    writer.wait()
+    result["save_s"] = round(together() - began, 2)
+    ends["save"] = time.time()
+
+    for shard in local_shards(sharded):
+        for tensor in shard.tensors.values():
+            tensor.zero_()
+    began = together()
+    saved = checkpoint.last_good(config.run_folder / "checkpoints")
+    result["verify_s"] = round(together() - began, 2)
+    began = together()
+    checkpoint.load_tables(saved, sharded)
+    checkpoint.load_dense_into_engine(saved, engine)
+    result["load_s"] = round(together() - began, 2)
+    differ = torch.tensor(int(_checksums(sharded) != held))
+    dist.all_reduce(differ)
+    result["bitwise_equal"] = not differ
+    ends["load"] = time.time()
+    return result
+
+
+def _step_seconds(hybrid: Hybrid, prepared: Prepared, process: Process, steps: int) -> float:
+    """Median time of a step whose batch lies ready."""
+    stream = build_training_stream(prepared, process.rank, process.world_size)
+    batches = list(stream.batches(0, 0, WARM_UP_STEPS + steps))
+    if len(batches) < WARM_UP_STEPS + steps:
+        raise UserError(f"the data have {len(batches)} batches, not {WARM_UP_STEPS + steps}.")
+    ready, times = iter(batches), []
+    for _ in batches:
+        began = together()
+        hybrid.train_step(ready)
+        times.append(together() - began)
+    return median(times[WARM_UP_STEPS:])
+
+
+def _checksums(sharded) -> list[tuple[str, str, int]]:
+    """Of everything that this rank holds of the tables, where it lies."""
+    return [
+        (f"{shard.table} {shard.box}", kind, crc32(tensor.reshape(-1).view(torch.uint8).numpy()))
+        for shard in local_shards(sharded)
+        for kind, tensor in sorted(shard.tensors.items())
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""From the ids that blocks hold to the rows, or mixed ids, that embedding tables are asked for.
+
+A table has the rows of its schema's vocabulary unless `tables.overrides` gives it another:
+
+    size N     the id is the row; N or more is an error        raw vocabularies only: others are checked when read
+    hash N     row mix(id) modulo N                             several ids may share a row
+    managed N  mix(id); managed collision finds it a row        a table cuts ids into one range a rank
+
+`mix` is a bijection of 0 .. RAW_IDS - 1, after which ids that were counted up, or that carry meaning in some of their
+bits, lie evenly over the whole range; `unmix` undoes it. Knows neither tables nor ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..config.model import VOCABULARY_KEYS, TableConfig
+from ..errors import UserError
+from ..schema import RAW_IDS, Schema
+from .rows import Ragged
+
+BITS = 63
+_MASK = np.uint64(2**BITS - 1)
+# Doug Lea's mixer, whose shift of more than half the bits undoes itself, here modulo 2 ** 63.
+_SHIFT = np.uint64(32)
+_FACTOR = 0xDABA0B6EB09322E3
+_TIMES = np.uint64(_FACTOR & (2**BITS - 1))
+_UNTIMES = np.uint64(pow(_FACTOR, -1, 2**BITS))
+
+
+def _mixed(x: np.ndarray, factor: np.uint64) -> np.ndarray:
+    """A bijection of uint64 values below 2 ** 63, in place; that with the inverse factor undoes it."""
+    for _ in range(2):
+        x ^= x >> _SHIFT
+        x *= factor
+        x &= _MASK
+    x ^= x >> _SHIFT
+    return x
+
+
+def _within(ids: np.ndarray, factor: np.uint64) -> np.ndarray:
+    x = _mixed(ids.astype(np.uint64), factor)
+    # 2 ** 63 - 1 is no id. The one id that is sent there goes on, as in a permutation's cycle, to where that is sent.
+    while (out := x == RAW_IDS).any():
+        x[out] = _mixed(x[out], factor)
+    return x.view(np.int64)
+
+
+def mix(ids: np.ndarray) -> np.ndarray:
+    """Spread ids evenly over 0 .. RAW_IDS - 1, each to a number of its own, the same in every run.
+
+    Args:
+        ids: int32 or int64 `[n]`, 0 <= id < RAW_IDS = 2 ** 63 - 1.
+
+    Returns:
+        int64 `[n]` in the same range; `unmix` of it is `ids`.
+    """
+    return _within(ids, _TIMES)
+
+
+def unmix(mixed: np.ndarray) -> np.ndarray:
+    """The ids that `mix` sent to `mixed`, int64 `[n]`."""
+    return _within(mixed, _UNTIMES)
+
+
+@dataclass(frozen=True)
+class IdMap:
+    """What becomes of a feature's ids on their way to its table.
+
+    Attributes:
+        kind: which of `tables.overrides`' vocabularies.
+        rows: its N.
+        table: the table's name.
+    """
+
+    kind: Literal["size", "hash", "managed"]
+    rows: int
+    table: str
+
+    def __call__(self, feature: str, ids: Ragged, row: np.ndarray) -> np.ndarray:
+        """Map the values of n rows' lists.
+
+        Args:
+            feature: whose they are.
+            ids: as stored, 0 <= id < RAW_IDS.
+            row: int64 `[n]`, numbers of the rows in the data set.
+
+        Returns:
+            int64 `[values]`.
+
+        Raises:
+            UserError: an id is beyond a vocabulary of kind `size`.
+        """
+        if self.kind == "size":
+            if len(ids.values) and ids.values.max() >= self.rows:
+                at = int(np.flatnonzero(ids.values >= self.rows)[0])
+                first = row[np.searchsorted(ids.offsets, at, side="right") - 1]
+                raise UserError(
+                    f"row {first} of the data set: {feature!r} has id {ids.values[at]}, but tables.overrides."
+                    f"{self.table}.size is {self.rows}, for ids below it. Raise it, or give the table hash or managed "
+                    "instead, which take any id."
+                )
+            return ids.values
+        mixed = mix(ids.values)
+        return mixed % self.rows if self.kind == "hash" else mixed
+
+
+def _override(overrides: Mapping[str, TableConfig], table: str) -> tuple[str, int] | None:
+    """Kind and N of a table's vocabulary where the config gives it one."""
+    given = {key: getattr(overrides[table], key) for key in VOCABULARY_KEYS} if table in overrides else {}
+    return next(((key, rows) for key, rows in given.items() if rows is not None), None)
+
+
+def _tables_of(schema: Schema, features: Sequence[str]) -> dict[str, str]:
+    """The table of every id or ids feature among `features`."""
+    return {name: schema.table_of(name) for name in features if schema.features[name].kind in ("id", "ids")}
+
+
+def vocabulary_faults(schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]) -> list[str]:
+    """What is wrong with the vocabularies that a config gives to the tables of `features`, one entry a fault."""
+    faults, sizes = [], schema.table_sizes()
+    for table in dict.fromkeys(_tables_of(schema, features).values()):
+        kind, found = schema.features[table].vocabulary.kind, _override(overrides, table)
+        if kind == "raw" and found is None:
+            faults.append(
+                f"{table}: its vocabulary is raw, any 64-bit id, so the config must say how many rows the table has: "
+                f"give tables.overrides.{table} managed: N (every id its own row, cold ones lose theirs), hash: N "
+                "(ids share rows) or size: N (ids are known to be below N)"
+            )
+        elif kind != "raw" and found is not None and found[0] == "size" and found[1] < sizes[table]:
+            faults.append(
+                f"tables.overrides.{table}.size is {found[1]}, but the data's vocabulary has {sizes[table]} ids: raise "
+                "it to that at least, or give the table hash or managed instead, which may have fewer rows"
+            )
+    return faults
+
+
+def id_maps(schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]) -> dict[str, IdMap]:
+    """The map of every feature whose stored ids are not the rows of its table already.
+
+    Args:
+        schema: the data set's.
+        overrides: of the config, without `vocabulary_faults`.
+        features: those that the run reads.
+    """
+    maps = {}
+    for name, table in _tables_of(schema, features).items():
+        found = _override(overrides, table)
+        # Ids of the other vocabularies were checked against their own size when they were read.
+        if found is not None and (found[0] != "size" or schema.features[table].vocabulary.kind == "raw"):
+            maps[name] = IdMap(found[0], found[1], table)
+    return maps

@@ -1,0 +1,262 @@
+"""One request on one cluster: the tables' plan, the dense model beside it, the step's time; or what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..embeddings.clusters import Cluster
+from ..embeddings.planner import DoesNotFit, Option, Planned, make_plan
+from ..embeddings.sharding import attach_optimizer
+from ..embeddings.tables import DATA_PARALLEL, EmbeddingTables
+from .dense import Dense, count_dense
+from .request import Request
+
+GIB = 2**30
+# Rough seconds of a collective that moves next to nothing: on one host, over several, and for each rank that it reaches
+# (NCCL's all-to-all is a message to each). Gloo's were measured on two ranks.
+LATENCY = {"cuda": (20e-6, 50e-6, 0.5e-6), "cpu": (0.5e-3, 0.5e-3, 50e-6)}
+# Of the tables of one collection that are cut alike: lengths and ids, vectors, gradients.
+COLLECTIVES = 4
+
+
+@dataclass(frozen=True)
+class TooDense:
+    """The dense model alone is more than a rank holds; bytes. `activations` are those of `rows` rows."""
+
+    needed: int
+    available: int
+    activations: int
+    rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"the dense model alone takes {self.needed / GIB:.2f} GiB of every rank, which has "
+            f"{self.available / GIB:.2f} GiB: {(self.needed - self.available) / GIB:.2f} GiB too many; "
+            f"{self.activations / GIB:.2f} GiB of it are activations of {self.rows:,} rows, by a rough estimate"
+        )
+
+
+@dataclass(frozen=True)
+class WayOut:
+    """A change under which it fits, and what it then takes: of the fullest rank and of the step."""
+
+    change: str
+    setting: str
+    fullest: int
+    capacity: int
+    tables_ms: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.change}: fits; the fullest rank then holds {self.fullest / GIB:.2f} of {self.capacity / GIB:.2f} "
+            f"GiB, and tables take {self.tables_ms:.3g} ms a step ({self.setting})"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `dist-rec plan` says of one cluster. Exactly one of `planned` and `failure` is there.
+
+    `rows`: of one rank's batch.
+    """
+
+    request: Request
+    cluster: Cluster
+    rows: int
+    dense: Dense
+    planned: Planned | None = None
+    failure: DoesNotFit | TooDense | None = None
+    ways: list[WayOut] = field(default_factory=list)
+
+    @property
+    def memory(self) -> str:
+        return "device" if self.cluster.device == "cuda" else "host"
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.dense.rank_bytes(self.dense.stage, self.cluster.ranks, self.rows)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of one rank for tables and dense model, where the tables' `fused` kernels put them."""
+        return self.cluster.memory_of_a_rank()
+
+    @cached_property
+    def step(self) -> dict[str, float]:
+        """Milliseconds of a step by part, one after the other."""
+        return {
+            "tables": self.planned.rated_ms,
+            "latency": latency_ms(self.planned),
+            "dense_compute": self.dense.compute_ms(self.cluster, self.rows),
+            "dense_comms": self.dense.comms_ms(self.cluster, self.dense.stage),
+            "dense_optimizer": self.dense.optimizer_ms(self.cluster, self.dense.stage),
+        }
+
+    @property
+    def step_ms(self) -> float:
+        return sum(self.step.values())
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.request.config.data.batch_size / self.step_ms * 1e3
+
+    def table_bytes(self, name: str) -> int:
+        """Weights and optimizer state of a table on all ranks together."""
+        option = self.planned.chosen[name]
+        return int(option.weight_bytes.sum() + option.state_bytes.sum())
+
+    def used(self):
+        """Bytes of each rank, tables and dense model. `[ranks]`"""
+        load = self.planned.per_rank
+        return (load.device_bytes if self.memory == "device" else load.host_bytes) + self.dense_bytes
+
+    def assumptions(self) -> list[str]:
+        config, cluster = self.request.config, self.cluster
+        rate = cluster.flops[self.dense.precision] / 1e12
+        said = [
+            *cluster.basis,
+            f"{cluster.name}: {self.dense.precision} products at {rate:.3g} TFLOP/s a rank.",
+            "Tables: TorchRec's cost model of the slowest rank, for its part of a global batch of "
+            f"{config.data.batch_size:,} rows, with the mean number of ids of the data's statistics; wire "
+            f"{config.tables.wire}.",
+            f"Dense: matrix products forward and backward ({self.dense.precision}), or launching the kernels where "
+            f"that takes longer; a ring exchange of gradients (ZeRO {self.dense.stage}) and the optimizer's traffic.",
+            f"Latency: {COLLECTIVES} collectives for the tables of a collection that are cut alike, rough.",
+            "Step: parts one after the other, none overlapped; reading data is not counted.",
+        ]
+        if self.dense.language_model:
+            said.append(
+                f"Language model: every text of a batch is different and has {self.request.tokens:.0f} tokens; equal "
+                "texts of a batch cost once, so it may take less."
+            )
+        if self.cluster.ranks > config.data.streams:
+            said.append(
+                f"data.streams is {config.data.streams}: training on {cluster.ranks} ranks needs it, and "
+                "data.batch_size as a multiple of it, raised to at least that many."
+            )
+        return said + self.request.notes
+
+    def describe(self) -> dict[str, Any]:
+        """Ready for JSON. Bytes, milliseconds."""
+        from .explain import explain
+
+        cluster = self.cluster
+        result: dict[str, Any] = {
+            "cluster": {
+                "name": cluster.name,
+                "device": cluster.device,
+                "ranks": cluster.ranks,
+                "ranks_per_host": cluster.ranks_per_host,
+                "bytes_of_a_rank": self.capacity,
+            },
+            "fits": self.planned is not None,
+            "rows_of_a_rank": self.rows,
+            "dense": self.dense.describe(cluster, self.rows),
+            "assumptions": self.assumptions(),
+        }
+        if self.planned is None:
+            return result | {"failure": describe_failure(self.failure), "ways_out": [vars(way) for way in self.ways]}
+        planned, why = self.planned, explain(self)
+        load = planned.per_rank
+        result |= {
+            "tables": {
+                spec.name: {
+                    "rows": spec.rows,
+                    "dim": spec.dim,
+                    "precision": spec.precision,
+                    "sharding_type": planned.chosen[spec.name].sharding_type,
+                    "kernel": planned.chosen[spec.name].kernel,
+                    "ranks": list(planned.ranks[spec.name]),
+                    "bytes": self.table_bytes(spec.name),
+                    "weight_bytes": int(planned.chosen[spec.name].weight_bytes.sum()),
+                    "state_bytes": int(planned.chosen[spec.name].state_bytes.sum()),
+                    "ms": dict(vars(planned.chosen[spec.name].cost)),
+                    "why": why[spec.name],
+                }
+                for spec in self.request.specs
+            },
+            "per_rank": {
+                "table_ms": [round(float(ms), 6) for ms in load.ms],
+                "device_bytes": load.device_bytes.tolist(),
+                "host_bytes": load.host_bytes.tolist(),
+                "dense_bytes": self.dense_bytes,
+            },
+            "bottleneck_rank": planned.bottleneck,
+            "imbalance": planned.imbalance,
+            "step_ms": {**self.step, "total": self.step_ms},
+            "rows_per_s": self.rows_per_s,
+            "planning_seconds": round(planned.seconds, 3),
+        }
+        return result
+
+
+def describe_failure(failure: DoesNotFit | TooDense) -> dict[str, Any]:
+    if isinstance(failure, TooDense):
+        return {"message": str(failure), "needed": failure.needed, "available": failure.available}
+    return {
+        "message": str(failure),
+        "table": failure.table,
+        "rank": failure.rank,
+        "memory": failure.memory,
+        "needed": failure.needed,
+        "available": failure.available,
+        "excess": failure.excess,
+    }
+
+
+def plan_tables(request: Request, cluster: Cluster, dense: Dense) -> Planned:
+    """The plan of the request's tables, beside the dense model.
+
+    Raises:
+        DoesNotFit: they do not fit.
+        UserError: a table has no way to be cut on these ranks.
+    """
+    config = request.config
+    tables = EmbeddingTables(request.specs, request.schema, config.tables, torch.device("meta"))
+    attach_optimizer(tables, config.tables)
+    rows = request.batch_rows(cluster.ranks)
+    return make_plan(
+        tables,
+        request.specs,
+        cluster,
+        batch_size=rows,
+        pooling_factors=request.lengths,
+        reserved=dense.reserved(cluster, rows),
+        wire=config.tables.wire,
+    )
+
+
+def answer(request: Request, cluster: Cluster) -> Answer:
+    """Plan, and where nothing fits, look for ways out."""
+    from .ways_out import ways_out
+
+    dense = count_dense(request)
+    found = Answer(request, cluster, request.batch_rows(cluster.ranks), dense)
+    if found.dense_bytes >= found.capacity:
+        activations = dense.activation_bytes(found.rows)
+        found = replace(found, failure=TooDense(found.dense_bytes, found.capacity, activations, found.rows))
+    else:
+        try:
+            return replace(found, planned=plan_tables(request, cluster, dense))
+        except DoesNotFit as failure:
+            found = replace(found, failure=failure)
+    return replace(found, ways=ways_out(found))
+
+
+def latency_ms(planned: Planned) -> float:
+    """Of the tables' collectives."""
+    cluster = planned.cluster
+    if cluster.ranks == 1:
+        return 0.0
+    groups = {(o.path, o.sharding_type) for o in planned.chosen.values() if o.sharding_type != DATA_PARALLEL}
+    one_host, several, each = LATENCY[cluster.device]
+    return 1e3 * COLLECTIVES * len(groups) * ((several if cluster.hosts > 1 else one_host) + each * cluster.ranks)
+
+
+def shard_bytes(option: Option, memory: str) -> int:
+    """Of the largest shard, with optimizer state and buffers."""
+    return int((option.device_bytes if memory == "device" else option.host_bytes).max())

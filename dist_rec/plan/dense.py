@@ -1,0 +1,266 @@
+"""What the language model and the dense towers take under each ZeRO stage, and how long they compute and talk.
+
+Counted on a model without memory (the meta device): parameters exactly, matrix products by their shapes and by how
+often a row uses them. Knows no tables.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import DenseConfig
+from ..embeddings.clusters import Cluster
+from ..embeddings.planner import Reserved
+from ..errors import UserError
+from ..layers.reduction import Reduction
+from ..models.foundation import FoundationModel
+from ..text.paths import CONFIG_NAME, locate_folder
+from ..training.engine import LANGUAGE_MODEL, engine_config
+from .request import Request
+
+STAGES = (0, 1, 2, 3)
+BYTES = {"fp32": 4, "bf16": 2}
+# Backward computes gradients of inputs and of weights, each as dear as forward.
+PASSES = 3
+# Kernels of a forward and backward pass, a parameter tensor (counted: 743 and 613 for 51 in the models of
+# configs/foundation.yaml and configs/demo.yaml), and the host's time to launch one on CUDA, beside computing.
+KERNELS_OF_A_PARAMETER = 14
+LAUNCH_SECONDS = {"cuda": 5e-6, "cpu": 0.0}
+# Numbers that AdamW keeps of a parameter; SGD without momentum keeps none.
+STATES = {"adamw": 2, "sgd": 0}
+# Bytes that an optimizer step reads and writes of a parameter with its gradient, and of each state, in fp32.
+STEP_TRAFFIC, STATE_TRAFFIC = 12, 8
+# Bytes that one layer of a transformer keeps of a token for backward, a unit of width, at 2 bytes a number and with
+# fused attention (Korthikanti et al. 2022, arXiv:2205.05198, without the attention matrices).
+KEPT_OF_A_TOKEN = 34
+# Rough: what a layer of the towers keeps besides its input and output (norms, activations, masks).
+KEPT_FACTOR = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """The language model, or everything else that is dense.
+
+    * `tensors`: parameters; `parameters`, `trained`: numbers in them.
+    * `flops`: of one row forward.
+    * `kept`: numbers that one row keeps for backward.
+    """
+
+    tensors: int
+    parameters: int
+    trained: int
+    flops: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Both parts with the config they train under."""
+
+    towers: Part
+    language_model: Part | None
+    precision: str
+    optimizer: str
+    stage: int
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.towers] + ([self.language_model] if self.language_model else [])
+
+    @property
+    def trained(self) -> int:
+        return sum(part.trained for part in self.parts)
+
+    def state_bytes(self, part: Part, stage: int, ranks: int) -> int:
+        """Parameters, gradients and optimizer state of a part on one rank, as DeepSpeed lays them out.
+
+        ZeRO keeps an fp32 copy of the parameters that it steps, in fp32 too; stage 0 steps the parameters themselves.
+        """
+        own, size = part.trained, BYTES[self.precision]
+        frozen = (part.parameters - own) * size
+        cut = -(-own // ranks)
+        whole_parameters, whole_gradients = own if stage < 3 else cut, own if stage < 2 else cut
+        states = STATES[self.optimizer] * 4 * (cut if stage else own)
+        copy = 4 * cut if stage else 0
+        return frozen // (ranks if stage == 3 else 1) + (whole_parameters + whole_gradients) * size + states + copy
+
+    def buffer_bytes(self, stage: int) -> int:
+        """What gradients pass through on their way to other ranks."""
+        bucket = engine_config(DenseConfig(), 1, 1)["zero_optimization"]["reduce_bucket_size"]
+        return min(self.trained, bucket) * BYTES[self.precision] if stage else 0
+
+    def activation_bytes(self, rows: int) -> int:
+        return int(sum(part.kept for part in self.parts) * rows * BYTES[self.precision])
+
+    def rank_bytes(self, stage: int, ranks: int, rows: int) -> int:
+        """All that one rank needs beside its tables."""
+        states = sum(self.state_bytes(part, stage, ranks) for part in self.parts)
+        return states + self.buffer_bytes(stage) + self.activation_bytes(rows)
+
+    def reserved(self, cluster: Cluster, rows: int) -> Reserved:
+        """For the planner: what is left to tables is without this."""
+        needed = self.rank_bytes(self.stage, cluster.ranks, rows)
+        return Reserved(device=needed) if cluster.device == "cuda" else Reserved(host=needed)
+
+    def compute_ms(self, cluster: Cluster, rows: int) -> float:
+        """Forward and backward: products, or launching what is too small to fill a GPU."""
+        flops = PASSES * rows * sum(part.flops for part in self.parts)
+        launches = KERNELS_OF_A_PARAMETER * sum(part.tensors for part in self.parts)
+        return 1e3 * max(flops / cluster.flops[self.precision], launches * LAUNCH_SECONDS[cluster.device])
+
+    def comms_ms(self, cluster: Cluster, stage: int) -> float:
+        """Ring all-reduce of the gradients, or what each stage has in its place: stage 3 gathers parameters twice."""
+        ranks, size = cluster.ranks, self.trained * BYTES[self.precision]
+        if ranks == 1:
+            return 0.0
+        slowest = cluster.intra_host_bandwidth
+        if cluster.hosts > 1:
+            # Each rank of a host has its own ring through its own card.
+            slowest = min(slowest, cluster.inter_host_bandwidth * cluster.ranks_per_host)
+        rounds = 3 if stage == 3 else 2
+        return 1e3 * rounds * size * (ranks - 1) / ranks / slowest
+
+    def optimizer_ms(self, cluster: Cluster, stage: int) -> float:
+        own = -(-self.trained // cluster.ranks) if stage else self.trained
+        bandwidth = cluster.device_bandwidth or cluster.host_bandwidth / cluster.ranks_per_host
+        return 1e3 * own * (STEP_TRAFFIC + STATE_TRAFFIC * STATES[self.optimizer]) / bandwidth
+
+    def describe(self, cluster: Cluster, rows: int) -> dict[str, Any]:
+        """Parameters, and bytes of one rank under each stage, ready for JSON."""
+        stages = {}
+        for stage in STAGES:
+            states = {"towers": self.state_bytes(self.towers, stage, cluster.ranks)}
+            if self.language_model:
+                states["language_model"] = self.state_bytes(self.language_model, stage, cluster.ranks)
+            stages[str(stage)] = {
+                **states,
+                "buffers": self.buffer_bytes(stage),
+                "activations": self.activation_bytes(rows),
+                "total": self.rank_bytes(stage, cluster.ranks, rows),
+                "comms_ms": self.comms_ms(cluster, stage),
+            }
+        return {
+            "parameters": {
+                "towers": self.towers.parameters,
+                "language_model": self.language_model.parameters if self.language_model else 0,
+            },
+            "stage": self.stage,
+            "precision": self.precision,
+            "bytes_by_stage": stages,
+        }
+
+
+def count_dense(request: Request) -> Dense:
+    """Build the model without memory and count.
+
+    Raises:
+        UserError: the model or its language model cannot be.
+    """
+    config = request.config
+    encoder, width = None, request.text_width
+    if config.text.mode == "full":
+        encoder = _language_model(config.text.model)
+        width = encoder.width
+    with torch.device("meta"):
+        model = FoundationModel(
+            request.schema,
+            config.model,
+            {spec.name: spec.dim for spec in request.specs},
+            width,
+            encoder,
+            request.features,
+            Reduction(),
+        )
+    towers = _towers(model, request)
+    language_model = _tokens_of(model.text_encoder, request) if model.text_encoder is not None else None
+    return Dense(towers, language_model, config.dense.precision, config.dense.optimizer, config.dense.zero_stage)
+
+
+def texts_of_a_row(request: Request) -> float:
+    """Texts of one row, every one counted as different from those of other rows."""
+    most = request.config.model.history.max_length
+    histories = [name for name in request.features if request.schema.features[name].kind == "texts"]
+    return sum(request.texts.values()) + sum(min(request.lengths.get(name, 0.0), most) for name in histories)
+
+
+def _events(request: Request) -> float:
+    """Events of a row's history."""
+    lengths = [
+        request.lengths.get(name, 0.0)
+        for name in request.features
+        if request.schema.features[name].role == "history" and request.schema.features[name].kind == "ids"
+    ]
+    return min(max(lengths, default=0.0), request.config.model.history.max_length)
+
+
+def _towers(model: FoundationModel, request: Request) -> Part:
+    """A row uses a matrix once; in histories once an event, of texts once a text; of stacks its own domain's part."""
+    events, texts = _events(request), texts_of_a_row(request)
+    flops = kept = 0.0
+    tensors = parameters = trained = 0
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        if name.startswith(LANGUAGE_MODEL):
+            continue
+        tensors += 1
+        parameters += parameter.numel()
+        trained += parameter.numel() if parameter.requires_grad else 0
+        uses = events if name.startswith("history_encoders.") else texts if name.startswith("text_projection") else 1.0
+        if isinstance(modules[name.rpartition(".")[0]], nn.Linear) and parameter.ndim == 2:
+            product, numbers = parameter.numel(), sum(parameter.shape)
+        elif parameter.ndim >= 4:  # [domains, stack, in, out]
+            product = parameter[0].numel()
+            numbers = product // parameter.shape[-2] + parameter.shape[-2]
+        else:
+            continue
+        flops += 2 * product * uses
+        kept += KEPT_FACTOR * numbers * uses
+    history = request.config.model.history
+    if history.kind == "transformer":
+        # Every event attends to every event of its row, twice: scores and mixture.
+        width = request.config.model.width
+        flops += len(model.history_encoders) * history.layers * 4 * events * events * width
+    return Part(tensors, parameters, trained, flops, kept)
+
+
+def _tokens_of(encoder: nn.Module, request: Request) -> Part:
+    """The language model: every text of the batch is read once, and every one is taken to be different."""
+    hidden, layers = encoder.width, getattr(encoder.model.config, "num_hidden_layers", 1)
+    tokens = request.tokens * texts_of_a_row(request)
+    lookups = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
+    matrices = sum(p.numel() for p in encoder.parameters() if p.ndim >= 2 and id(p) not in lookups)
+    flops = tokens * (2 * matrices + 4 * layers * request.tokens * hidden)
+    return Part(
+        tensors=len(list(encoder.parameters())),
+        parameters=sum(p.numel() for p in encoder.parameters()),
+        trained=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
+        flops=flops,
+        kept=tokens * layers * hidden * KEPT_OF_A_TOKEN / 2,
+    )
+
+
+def _language_model(spec: str) -> nn.Module:
+    """The language model without weights: its config is all that is read.
+
+    Raises:
+        UserError: no such folder, or no plain text model.
+    """
+    folder = locate_folder(spec)
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"language model {spec}: {folder / CONFIG_NAME} is missing.")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import AutoConfig, AutoModel
+
+    from ..text.encoder import TextEncoder
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise UserError(f"language model {spec}: its config.json is of no model that can be built: {error}") from None

@@ -1,0 +1,236 @@
+"""What is to be planned: a config with its schema, statistics and what-ifs. Reads no rows and no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, TableConfig, TablesConfig, check_names, load_config
+from ..config.model import VOCABULARY_KEYS
+from ..data.index import FeatureStatistics, read_index
+from ..embeddings.clusters import number
+from ..embeddings.tables import TableSpec, table_specs
+from ..errors import UserError
+from ..schema import Schema, load_schema
+from ..text.store import STORE_NAME, read_store_info
+from ..training.setup import retry_of, used_features
+
+# Of a text vector where the store is not built yet: MiniLM's.
+USUAL_TEXT_WIDTH = 384
+# Tokens of a text that nobody has counted.
+USUAL_TOKENS = 24
+LARGEST_TABLE = 2**62
+ROWS, MEAN_LENGTH = "rows", "mean_length"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked config, and what is known of its data.
+
+    Attributes:
+        features: that the model reads.
+        lengths: mean number of ids, tokens or texts a row, by feature.
+        statistics: of the index; None where there is none.
+        rows: of the training data; None likewise.
+        text_width: of a text vector; 0 without texts or where the language model says.
+        texts: per text feature, the share of rows that have one.
+        tokens: mean tokens of one text.
+        notes: what was assumed for want of data, a sentence each.
+    """
+
+    config: Config
+    schema: Schema
+    features: list[str]
+    specs: list[TableSpec]
+    lengths: dict[str, float]
+    statistics: dict[str, FeatureStatistics] | None
+    rows: int | None
+    text_width: int
+    texts: dict[str, float]
+    tokens: float
+    notes: list[str]
+
+    def with_tables(self, changes: dict[str, dict[str, Any]]) -> Request:
+        """The same with other fields of single tables' specs."""
+        return replace(self, specs=[replace(s, **changes.get(s.name, {})) for s in self.specs])
+
+    def batch_rows(self, ranks: int) -> int:
+        """Rows of one rank's batch, the largest of all ranks."""
+        data = self.config.data
+        if ranks > data.streams:
+            return -(-data.batch_size // ranks)
+        return -(-data.streams // ranks) * (data.batch_size // data.streams)
+
+
+@dataclass
+class _Settings:
+    """`--set` sorted by what it sets."""
+
+    config: dict[str, str]
+    rows: dict[str, int]
+    lengths: dict[str, float]
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """`["tables.item.rows=2e9"]` as `{"tables.item.rows": "2e9"}`.
+
+    Raises:
+        UserError: one has no `=` or no dot.
+    """
+    parsed = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or "." not in key:
+            raise UserError(
+                f"--set {setting!r}: write KEY=VALUE, as tables.item_id.rows=2e9, tables.item_id.sharding=row_wise, "
+                "features.history.mean_length=30 or data.batch_size=65536."
+            )
+        parsed[key.strip()] = value.strip()
+    return parsed
+
+
+def read_request(path: str | Path, overrides: dict[str, str], schema_file: str | Path | None = None) -> Request:
+    """Read a config and what it names.
+
+    Args:
+        overrides: config keys, and beside them `tables.TABLE.KEY` (a key of `tables.overrides.TABLE`, or rows) and
+            `features.FEATURE.mean_length`.
+        schema_file: a schema.yaml to plan for before any data is built, instead of the index of data.train.
+
+    Raises:
+        UserError: config, schema or a setting is at fault.
+    """
+    settings = _sort(overrides)
+    config = load_config(path, settings.config)
+    notes: list[str] = []
+    if schema_file is not None:
+        schema, statistics, rows, tokens = load_schema(schema_file), None, None, None
+        notes.append(f"{schema_file} has no statistics: lists count as full (max_length), and every id as known.")
+    else:
+        try:
+            index = read_index(config.data.train, retry_of(config.data))
+        except UserError as error:
+            raise UserError(
+                f"{error}\nTo plan before the data set is built, name its schema: --schema schema.yaml."
+            ) from None
+        schema, statistics, rows, tokens = index.schema, index.statistics, index.rows, index.tokenizer
+    known = [name for name, f in schema.features.items() if f.kind in ("id", "ids") and f.shares is None]
+    faults = check_names(known, list(settings.rows), "--set tables.TABLE.rows")
+    faults += check_names(known, list(config.tables.overrides), "tables.overrides")
+    faults += check_names(list(schema.features), list(settings.lengths), "--set features.FEATURE.mean_length")
+    faults += check_names(list(schema.features), config.data.exclude_features, "data.exclude_features")
+    if faults:
+        raise UserError("\n".join(faults))
+    if schema_file is not None:
+        _give_sizes(schema, config, settings.rows)
+    features = used_features(schema, config)
+    # A what-if of rows is of the vocabulary: a table that has its own rows keeps them.
+    own = {name for name, override in config.tables.overrides.items() if has_rows(override)}
+    specs = [
+        replace(s, rows=s.rows if s.name in own else settings.rows.get(s.name, s.rows))
+        for s in table_specs(schema, config.tables, features)
+    ]
+    unused = set(settings.rows) - {s.name for s in specs}
+    if unused:
+        raise UserError(f"--set tables.{min(unused)}.rows: this config's model does not read that table.")
+    lengths = _lengths(schema, features, statistics) | settings.lengths
+    named = [name for name in features if schema.features[name].kind == "text"]
+    texts = {name: 1 - statistics[name].null_share if statistics else 1.0 for name in named}
+    return Request(
+        config=config,
+        schema=schema,
+        features=features,
+        specs=specs,
+        lengths=lengths,
+        statistics=statistics,
+        rows=rows,
+        text_width=_text_width(config, notes),
+        texts=texts,
+        tokens=_tokens(texts, lengths, tokens.max_length if tokens else USUAL_TOKENS),
+        notes=notes,
+    )
+
+
+def _sort(overrides: dict[str, str]) -> _Settings:
+    """Tell config keys from what-ifs; numbers such as 2e9 become integers, which YAML would not make of them."""
+    sections = {f.name for f in fields(TablesConfig)}
+    of_a_table = [f.name for f in fields(TableConfig)]
+    sorted_ = _Settings({}, {}, {})
+    for key, text in overrides.items():
+        value, parts = number(text), key.split(".")
+        if parts[0] == "tables" and (len(parts) == 3 and parts[1] not in ("overrides", "managed")):
+            if parts[1] in sections:
+                raise UserError(f"--set {key}: tables.{parts[1]} is a value, not a table.")
+            if parts[2] == ROWS:
+                sorted_.rows[parts[1]] = _positive(key, value, int)
+                continue
+            faults = check_names([ROWS, *of_a_table], [parts[2]], f"--set {key}")
+            if faults:
+                raise UserError(faults[0])
+            key = f"tables.overrides.{parts[1]}.{parts[2]}"
+        elif parts[0] == "features":
+            if len(parts) != 3 or parts[2] != MEAN_LENGTH:
+                raise UserError(f"--set {key}: of a feature only features.FEATURE.{MEAN_LENGTH} can be set.")
+            sorted_.lengths[parts[1]] = _positive(key, value, float)
+            continue
+        sorted_.config[key] = str(value)
+    return sorted_
+
+
+def has_rows(override: TableConfig) -> bool:
+    """Whether the config gives the table rows, whatever its vocabulary."""
+    return any(getattr(override, key) is not None for key in VOCABULARY_KEYS)
+
+
+def _positive(key: str, value: Any, kind: type) -> Any:
+    if isinstance(value, str) or not 0 < value <= LARGEST_TABLE or (kind is int and value != int(value)):
+        whole = "whole number" if kind is int else "number"
+        raise UserError(f"--set {key}={value}: must be a {whole} above 0, up to 2**62.")
+    return kind(value)
+
+
+def _give_sizes(schema: Schema, config: Config, rows: dict[str, int]) -> None:
+    """Fill in the sizes of dictionaries that are not built, from the what-ifs."""
+    lacking = []
+    for name, feature in schema.select(kinds=("id", "ids")).items():
+        if feature.shares is not None or feature.vocabulary.size or feature.vocabulary.kind == "raw":
+            continue
+        override = config.tables.overrides.get(name, TableConfig())
+        size = rows.get(name, 0)
+        if not size and not has_rows(override):
+            lacking.append(name)
+        feature.vocabulary.size = size or 1
+    if lacking:
+        raise UserError(
+            f"the vocabularies of {', '.join(lacking)} are built from data, and this schema has none: say how many "
+            f"rows they will have, as --set tables.{lacking[0]}.rows=1e6."
+        )
+
+
+def _lengths(schema: Schema, features: list[str], statistics: dict[str, FeatureStatistics] | None) -> dict[str, float]:
+    if statistics is not None:
+        return {name: statistics[name].mean_length for name in features if name in statistics}
+    return {
+        name: float(f.max_length if f.kind in ("ids", "texts") else USUAL_TOKENS if f.kind == "text" else 1)
+        for name, f in schema.features.items()
+        if name in features
+    }
+
+
+def _text_width(config: Config, notes: list[str]) -> int:
+    """Width of the stored vectors."""
+    if config.text.mode != "frozen":
+        return 0
+    if (Path(config.text.store) / STORE_NAME).exists():
+        return read_store_info(config.text.store).recipe.width
+    notes.append(
+        f"There is no vector store at {config.text.store} yet: text vectors are taken to be {USUAL_TEXT_WIDTH} wide."
+    )
+    return USUAL_TEXT_WIDTH
+
+
+def _tokens(texts: dict[str, float], lengths: dict[str, float], longest: int) -> float:
+    """Mean tokens of one text: of the text features whose tokens are counted, else what is usual."""
+    counted = [lengths[name] / share for name, share in texts.items() if share and lengths.get(name, 0) > 0]
+    return sum(counted) / len(counted) if counted else float(min(longest, USUAL_TOKENS))
