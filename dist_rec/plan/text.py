@@ -142,8 +142,8 @@ def _print_ranks(out: Console, answer: Answer) -> None:
     planned, used = answer.planned, answer.used()
     ms = planned.per_rank.ms
     group = -(-len(ms) // MOST_BARS)
-    what = f"ranks in groups of {group}, each by its highest" if group > 1 else "ranks"
-    table = table_of(f"{what}: memory with the dense model, and time of tables", "rank", "memory", "GiB", "time", "ms")
+    what = f"groups of {group} ranks, the highest of each" if group > 1 else "ranks"
+    table = table_of(f"{what}: memory with dense, time of tables", "rank", "memory", "GiB", "time", "ms")
     for start in range(0, len(ms), group):
         stop = min(start + group, len(ms))
         ranks = str(start) if stop - start == 1 else f"{start}-{stop - 1}"
@@ -172,7 +172,8 @@ def _print_dense(out: Console, answer: Answer) -> None:
     parts = ["towers", "language_model"] if parameters["language_model"] else ["towers"]
     columns = [*parts, "buffers", "activations", "total"]
     heads = ["ZeRO", *(c.replace("_", " ") for c in columns), "exchange ms"]
-    table = table_of(f"dense, MiB of a rank under each ZeRO stage: {names}, {told['precision']}", *heads)
+    say(out, f"dense: {names}, {told['precision']}")
+    table = table_of("MiB of a rank under each ZeRO stage", *heads)
     for stage, taken in told["bytes_by_stage"].items():
         mark = " (config)" if int(stage) == told["stage"] else ""
         values = [f"{taken[c] / 2**20:,.1f}" for c in columns]
