@@ -13,7 +13,7 @@ def make_hybrid(prepared, process, planned=None):
     """A fresh hybrid with its stream and plan; with the described plan, if given."""
     config = prepared.config
     stream = build_training_stream(prepared, process.rank, process.world_size)
-    tables, sharded, plan = build_tables(prepared, process, stream.batch_rows, planned)
+    tables, sharded, plan = build_tables(prepared, process, planned)
     engine = make_engine(
         build_model(prepared, DistributedReduction()),
         config.dense,

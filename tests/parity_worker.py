@@ -132,7 +132,7 @@ def check_sgd(prepared, process, layout):
 
 def check_adaptive(prepared, process, layout):
     _, _, plan = make_hybrid(prepared, process)
-    with mock.patch.object(setup, "make_plan", side_effect=AssertionError("planned anew")):
+    with mock.patch.object(setup, "plan_here", side_effect=AssertionError("planned anew")):
         stream, hybrid, again = make_hybrid(prepared, process, json.loads(json.dumps(plan)))
     assert again == plan
     reference = Reference(prepared, process.device)

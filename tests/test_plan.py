@@ -23,9 +23,9 @@ from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
 from dist_rec.plan.answer import GIB, answer
 from dist_rec.plan.command import Wishes, run
-from dist_rec.plan.dense import count_dense
 from dist_rec.plan.request import parse_settings, read_request
 from dist_rec.plan.verify import spearman
+from dist_rec.training.dense_cost import count_dense
 from dist_rec.training.setup import build_model, build_training_stream, prepare
 
 TABLES = ("user_id", "item_id", "tags")

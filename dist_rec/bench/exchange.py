@@ -193,7 +193,7 @@ def _begin(
     config = prepared.config
     tables_config = replace(config.tables, wire=wire, deduplicate=deduplicate)
     prepared = replace(prepared, config=replace(config, tables=tables_config))
-    tables, sharded, _ = build_tables(prepared, process, batch_rows)
+    tables, sharded, _ = build_tables(prepared, process)
     with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
         engine = make_engine(
             build_model(prepared, DistributedReduction()),

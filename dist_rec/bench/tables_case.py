@@ -54,7 +54,7 @@ def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
     first = prepared[DRAWS[0]]
     batch_rows = config.data.batch_size // process.world_size
     began = together()
-    tables, sharded, plan = build_tables(first, process, batch_rows)
+    tables, sharded, plan = build_tables(first, process)
     result["init_s"] = round(together() - began, 2)
     with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
         engine = make_engine(

@@ -6,13 +6,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from ..embeddings.clusters import Cluster
-from ..embeddings.planner import DoesNotFit, Option, Planned, make_plan
-from ..embeddings.sharding import attach_optimizer
-from ..embeddings.tables import DATA_PARALLEL, EmbeddingTables
-from .dense import Dense, count_dense
+from ..embeddings.planner import DoesNotFit, Option, Planned
+from ..embeddings.tables import DATA_PARALLEL
+from ..training.dense_cost import Dense, count_dense
+from ..training.planning import plan_tables
 from .request import Request
 
 GIB = 2**30
@@ -206,28 +204,6 @@ def describe_failure(failure: DoesNotFit | TooDense) -> dict[str, Any]:
         "available": failure.available,
         "excess": failure.excess,
     }
-
-
-def plan_tables(request: Request, cluster: Cluster, dense: Dense) -> Planned:
-    """The plan of the request's tables, beside the dense model.
-
-    Raises:
-        DoesNotFit: they do not fit.
-        UserError: a table has no way to be cut on these ranks.
-    """
-    config = request.config
-    tables = EmbeddingTables(request.specs, request.schema, config.tables, torch.device("meta"))
-    attach_optimizer(tables, config.tables)
-    rows = request.batch_rows(cluster.ranks)
-    return make_plan(
-        tables,
-        request.specs,
-        cluster,
-        batch_size=rows,
-        pooling_factors=request.lengths,
-        reserved=dense.reserved(cluster, rows),
-        wire=config.tables.wire,
-    )
 
 
 def answer(request: Request, cluster: Cluster) -> Answer:

@@ -45,7 +45,7 @@ def measure(config: Config, plans: dict[str, Any], steps: int, rounds: int) -> d
     with process_group(config, choose_device(config)) as process:
         stream = build_training_stream(prepared, process.rank, process.world_size)
         batches = [stream.batch(0, step).to(process.device) for step in range(min(steps, stream.steps))]
-        built = {name: build_tables(prepared, process, stream.batch_rows, plan)[:2] for name, plan in plans.items()}
+        built = {name: build_tables(prepared, process, plan)[:2] for name, plan in plans.items()}
         times: dict[str, list[float]] = {name: [] for name in plans}
         for turn in range(rounds):
             # There and back, so that what slows the machine down for a while falls on all.

@@ -10,57 +10,29 @@ from ..config import Config, TableConfig, TablesConfig, check_names, load_config
 from ..config.model import VOCABULARY_KEYS
 from ..data.index import FeatureStatistics, read_index
 from ..embeddings.clusters import number
-from ..embeddings.tables import TableSpec, table_specs
+from ..embeddings.tables import table_specs
 from ..errors import UserError
 from ..schema import Schema, load_schema
-from ..text.store import STORE_NAME, read_store_info
 from ..training.setup import retry_of, used_features
+from ..training.workload import USUAL_TEXT_WIDTH, Workload, mean_lengths, mean_tokens, stored_width, text_shares
 
-# Of a text vector where the store is not built yet: MiniLM's.
-USUAL_TEXT_WIDTH = 384
-# Tokens of a text that nobody has counted.
-USUAL_TOKENS = 24
 LARGEST_TABLE = 2**62
 ROWS, MEAN_LENGTH = "rows", "mean_length"
 
 
-@dataclass(frozen=True)
-class Request:
-    """A checked config, and what is known of its data.
+@dataclass(frozen=True, kw_only=True)
+class Request(Workload):
+    """A workload that is only asked about.
 
     Attributes:
-        features: that the model reads.
-        lengths: mean number of ids, tokens or texts a row, by feature.
         statistics: of the index; None where there is none.
         rows: of the training data; None likewise.
-        text_width: of a text vector; 0 without texts or where the language model says.
-        texts: per text feature, the share of rows that have one.
-        tokens: mean tokens of one text.
         notes: what was assumed for want of data, a sentence each.
     """
 
-    config: Config
-    schema: Schema
-    features: list[str]
-    specs: list[TableSpec]
-    lengths: dict[str, float]
     statistics: dict[str, FeatureStatistics] | None
     rows: int | None
-    text_width: int
-    texts: dict[str, float]
-    tokens: float
     notes: list[str]
-
-    def with_tables(self, changes: dict[str, dict[str, Any]]) -> Request:
-        """The same with other fields of single tables' specs."""
-        return replace(self, specs=[replace(s, **changes.get(s.name, {})) for s in self.specs])
-
-    def batch_rows(self, ranks: int) -> int:
-        """Rows of one rank's batch, the largest of all ranks."""
-        data = self.config.data
-        if ranks > data.streams:
-            return -(-data.batch_size // ranks)
-        return -(-data.streams // ranks) * (data.batch_size // data.streams)
 
 
 @dataclass
@@ -134,9 +106,8 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
     unused = set(settings.rows) - {s.name for s in specs}
     if unused:
         raise UserError(f"--set tables.{min(unused)}.rows: this config's model does not read that table.")
-    lengths = _lengths(schema, features, statistics) | settings.lengths
-    named = [name for name in features if schema.features[name].kind == "text"]
-    texts = {name: 1 - statistics[name].null_share if statistics else 1.0 for name in named}
+    lengths = mean_lengths(schema, features, statistics) | settings.lengths
+    texts = text_shares(schema, features, statistics)
     return Request(
         config=config,
         schema=schema,
@@ -147,7 +118,7 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
         rows=rows,
         text_width=_text_width(config, notes),
         texts=texts,
-        tokens=_tokens(texts, lengths, tokens.max_length if tokens else USUAL_TOKENS),
+        tokens=mean_tokens(texts, lengths, tokens.max_length if tokens else None),
         notes=notes,
     )
 
@@ -208,29 +179,11 @@ def _give_sizes(schema: Schema, config: Config, rows: dict[str, int]) -> None:
         )
 
 
-def _lengths(schema: Schema, features: list[str], statistics: dict[str, FeatureStatistics] | None) -> dict[str, float]:
-    if statistics is not None:
-        return {name: statistics[name].mean_length for name in features if name in statistics}
-    return {
-        name: float(f.max_length if f.kind in ("ids", "texts") else USUAL_TOKENS if f.kind == "text" else 1)
-        for name, f in schema.features.items()
-        if name in features
-    }
-
-
 def _text_width(config: Config, notes: list[str]) -> int:
-    """Width of the stored vectors."""
-    if config.text.mode != "frozen":
-        return 0
-    if (Path(config.text.store) / STORE_NAME).exists():
-        return read_store_info(config.text.store).recipe.width
-    notes.append(
-        f"There is no vector store at {config.text.store} yet: text vectors are taken to be {USUAL_TEXT_WIDTH} wide."
-    )
-    return USUAL_TEXT_WIDTH
-
-
-def _tokens(texts: dict[str, float], lengths: dict[str, float], longest: int) -> float:
-    """Mean tokens of one text: of the text features whose tokens are counted, else what is usual."""
-    counted = [lengths[name] / share for name, share in texts.items() if share and lengths.get(name, 0) > 0]
-    return sum(counted) / len(counted) if counted else float(min(longest, USUAL_TOKENS))
+    width = stored_width(config)
+    if width is None:
+        notes.append(
+            f"There is no vector store at {config.text.store} yet: text vectors are taken to be {USUAL_TEXT_WIDTH} "
+            "wide."
+        )
+    return USUAL_TEXT_WIDTH if width is None else width

@@ -41,7 +41,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
             agree_on_index(prepared, name)
         saved = checkpoint.read_state(found)
         stream = build_stream(prepared, split, process.rank, process.world_size)
-        tables, sharded, _ = build_tables(prepared, process, stream.batch_rows)
+        tables, sharded, _ = build_tables(prepared, process)
         checkpoint.load_tables(saved, sharded, with_optimizer=False)
         model = build_model(prepared, DistributedReduction())
         checkpoint.load_dense(saved, model)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -33,12 +32,6 @@ class Process:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def memory_bytes(self) -> int:
-        """Memory that one rank of this host may use for tables."""
-        if self.device.type == "cuda":
-            return int(torch.cuda.get_device_properties(self.device).total_memory * 0.8)
-        return int(psutil.virtual_memory().total * 0.8) // self.local_world_size
 
 
 def world_size() -> int:

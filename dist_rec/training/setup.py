@@ -24,11 +24,9 @@ from ..data.reader import ShardReader
 from ..data.remote import Retry
 from ..data.stream import Stream
 from ..data.vocabulary import id_maps
-from ..embeddings.clusters import Cluster, this_machine
 from ..embeddings.description import plan_from_description
 from ..embeddings.ids import fault_of_rows
 from ..embeddings.plan_file import check_plan, read_plan
-from ..embeddings.planner import make_plan
 from ..embeddings.sharders import check_kernels
 from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
 from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
@@ -39,7 +37,9 @@ from ..schema import Schema
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
 from .passes import FROM_THE_START, fingerprint
+from .planning import plan_here
 from .process import Process, choose_device, world_size
+from .workload import Workload, mean_lengths, mean_tokens, text_shares
 
 
 @dataclass
@@ -309,7 +309,7 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
 
 
 def build_tables(
-    prepared: Prepared, process: Process, batch_rows: int, planned: dict[str, Any] | None = None
+    prepared: Prepared, process: Process, planned: dict[str, Any] | None = None
 ) -> tuple[EmbeddingTables, DistributedModelParallel, ShardingPlan]:
     """Plan and place the tables. Collective.
 
@@ -319,7 +319,7 @@ def build_tables(
     Raises:
         UserError: no plan fits, or `tables.plan` is none for these tables and ranks.
     """
-    config, index = prepared.config, prepared.indexes["train"]
+    config = prepared.config
     tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, torch.device("meta"))
     attach_optimizer(tables, config.tables)
     local_world_size = ranks_per_host(process.local_world_size, prepared.specs, process.device)
@@ -332,26 +332,21 @@ def build_tables(
         with suppress(UserError):
             plan = plan_from_description(planned, tables, **ranks)
     if plan is None:
-        lengths = {n: index.statistics[n].mean_length for n in prepared.features if n in index.statistics}
-        plan = make_plan(
-            tables,
-            prepared.specs,
-            _agreed_cluster(process, local_world_size),
-            batch_size=batch_rows,
-            pooling_factors=lengths,
-            wire=config.tables.wire,
-        ).plan
+        plan = plan_here(_workload(prepared), process, local_world_size).plan
     return tables, shard(tables, prepared.specs, plan, config.tables, process.device, config.run.seed), plan
 
 
-def _agreed_cluster(process: Process, local_world_size: int) -> Cluster:
-    """The machines of this run as rank 0 sees them, with the least memory that a rank has. Collective."""
-    seen = this_machine(process.world_size, process.device.type, local_world_size)
-    memory = torch.tensor(process.memory_bytes(), device=process.device)
-    dist.all_reduce(memory, dist.ReduceOp.MIN)
-    if process.device.type == "cuda":
-        shared = [replace(seen, device_memory=int(memory), reserved_share=0.0)]
-    else:
-        shared = [replace(seen, host_memory=int(memory) * local_world_size, reserved_share=0.0)]
-    dist.broadcast_object_list(shared, device=process.device)
-    return shared[0]
+def _workload(prepared: Prepared) -> Workload:
+    config, index, features = prepared.config, prepared.indexes["train"], prepared.features
+    lengths = mean_lengths(prepared.schema, features, index.statistics)
+    texts = text_shares(prepared.schema, features, index.statistics)
+    return Workload(
+        config=config,
+        schema=prepared.schema,
+        features=features,
+        specs=prepared.specs,
+        lengths=lengths,
+        text_width=prepared.store.width if prepared.store else 0,
+        texts=texts,
+        tokens=mean_tokens(texts, lengths, index.tokenizer.max_length if index.tokenizer else None),
+    )

@@ -52,7 +52,7 @@ class Trainer:
         self.step = self.saved_step = self.passes.start_step
         self._check_something_is_left()
         batch_rows = self.passes.stream.batch_rows
-        tables, sharded, plan = build_tables(prepared, process, batch_rows, plan_to_keep(earlier, process, config))
+        tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
         model = build_model(prepared, DistributedReduction())
         with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built

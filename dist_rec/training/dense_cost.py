@@ -20,8 +20,8 @@ from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..models.foundation import FoundationModel
 from ..text.paths import CONFIG_NAME, locate_folder
-from ..training.engine import LANGUAGE_MODEL, engine_config
-from .request import Request
+from .engine import LANGUAGE_MODEL, engine_config
+from .workload import Workload
 
 STAGES = (0, 1, 2, 3)
 BYTES = {"fp32": 4, "bf16": 2}
@@ -155,52 +155,52 @@ class Dense:
         }
 
 
-def count_dense(request: Request) -> Dense:
+def count_dense(workload: Workload) -> Dense:
     """Build the model without memory and count.
 
     Raises:
         UserError: the model or its language model cannot be.
     """
-    config = request.config
-    encoder, width = None, request.text_width
+    config = workload.config
+    encoder, width = None, workload.text_width
     if config.text.mode == "full":
         encoder = _language_model(config.text.model)
         width = encoder.width
     with torch.device("meta"):
         model = FoundationModel(
-            request.schema,
+            workload.schema,
             config.model,
-            {spec.name: spec.dim for spec in request.specs},
+            {spec.name: spec.dim for spec in workload.specs},
             width,
             encoder,
-            request.features,
+            workload.features,
             Reduction(),
         )
-    towers = _towers(model, request)
-    language_model = _tokens_of(model.text_encoder, request) if model.text_encoder is not None else None
+    towers = _towers(model, workload)
+    language_model = _tokens_of(model.text_encoder, workload) if model.text_encoder is not None else None
     return Dense(towers, language_model, config.dense.precision, config.dense.optimizer, config.dense.zero_stage)
 
 
-def texts_of_a_row(request: Request) -> float:
+def texts_of_a_row(workload: Workload) -> float:
     """Texts of one row, every one counted as different from those of other rows."""
-    most = request.config.model.history.max_length
-    histories = [name for name in request.features if request.schema.features[name].kind == "texts"]
-    return sum(request.texts.values()) + sum(min(request.lengths.get(name, 0.0), most) for name in histories)
+    most = workload.config.model.history.max_length
+    histories = [name for name in workload.features if workload.schema.features[name].kind == "texts"]
+    return sum(workload.texts.values()) + sum(min(workload.lengths.get(name, 0.0), most) for name in histories)
 
 
-def _events(request: Request) -> float:
+def _events(workload: Workload) -> float:
     """Events of a row's history."""
     lengths = [
-        request.lengths.get(name, 0.0)
-        for name in request.features
-        if request.schema.features[name].role == "history" and request.schema.features[name].kind == "ids"
+        workload.lengths.get(name, 0.0)
+        for name in workload.features
+        if workload.schema.features[name].role == "history" and workload.schema.features[name].kind == "ids"
     ]
-    return min(max(lengths, default=0.0), request.config.model.history.max_length)
+    return min(max(lengths, default=0.0), workload.config.model.history.max_length)
 
 
-def _towers(model: FoundationModel, request: Request) -> Part:
+def _towers(model: FoundationModel, workload: Workload) -> Part:
     """A row uses a matrix once; in histories once an event, of texts once a text; of stacks its own domain's part."""
-    events, texts = _events(request), texts_of_a_row(request)
+    events, texts = _events(workload), texts_of_a_row(workload)
     flops = kept = 0.0
     tensors = parameters = trained = 0
     modules = dict(model.named_modules())
@@ -220,21 +220,21 @@ def _towers(model: FoundationModel, request: Request) -> Part:
             continue
         flops += 2 * product * uses
         kept += KEPT_FACTOR * numbers * uses
-    history = request.config.model.history
+    history = workload.config.model.history
     if history.kind == "transformer":
         # Every event attends to every event of its row, twice: scores and mixture.
-        width = request.config.model.width
+        width = workload.config.model.width
         flops += len(model.history_encoders) * history.layers * 4 * events * events * width
     return Part(tensors, parameters, trained, flops, kept)
 
 
-def _tokens_of(encoder: nn.Module, request: Request) -> Part:
+def _tokens_of(encoder: nn.Module, workload: Workload) -> Part:
     """The language model: every text of the batch is read once, and every one is taken to be different."""
     hidden, layers = encoder.width, getattr(encoder.model.config, "num_hidden_layers", 1)
-    tokens = request.tokens * texts_of_a_row(request)
+    tokens = workload.tokens * texts_of_a_row(workload)
     lookups = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
     matrices = sum(p.numel() for p in encoder.parameters() if p.ndim >= 2 and id(p) not in lookups)
-    flops = tokens * (2 * matrices + 4 * layers * request.tokens * hidden)
+    flops = tokens * (2 * matrices + 4 * layers * workload.tokens * hidden)
     return Part(
         tensors=len(list(encoder.parameters())),
         parameters=sum(p.numel() for p in encoder.parameters()),
