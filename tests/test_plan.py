@@ -21,7 +21,8 @@ from dist_rec.embeddings.plan_file import read_plan
 from dist_rec.embeddings.tables import EmbeddingTables
 from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
-from dist_rec.plan.answer import GIB, answer
+from dist_rec.plan.answer import GIB
+from dist_rec.plan.ask import find_answer
 from dist_rec.plan.command import Wishes, run
 from dist_rec.plan.request import parse_settings, read_request
 from dist_rec.plan.verify import spearman
@@ -386,5 +387,5 @@ def test_this_machine_is_the_same_for_every_process():
 def test_answers_do_not_change_the_request(config):
     request = read_request(config, {})
     before = list(request.specs)
-    answer(request, find_cluster("8xh100"))
+    find_answer(request, find_cluster("8xh100"))
     assert request.specs == before

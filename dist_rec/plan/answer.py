@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from ..embeddings.clusters import Cluster
 from ..embeddings.planner import DoesNotFit, Option, Planned
 from ..embeddings.tables import DATA_PARALLEL
-from ..training.dense_cost import Dense, count_dense
-from ..training.planning import plan_tables
+from ..training.dense_cost import Dense
 from .request import Request
 
 GIB = 2**30
@@ -137,90 +135,6 @@ class Answer:
                 "data.batch_size as a multiple of it, raised to at least that many."
             )
         return said + self.request.notes
-
-    def describe(self) -> dict[str, Any]:
-        """Ready for JSON. Bytes, milliseconds."""
-        from .explain import explain
-
-        cluster = self.cluster
-        result: dict[str, Any] = {
-            "cluster": {
-                "name": cluster.name,
-                "device": cluster.device,
-                "ranks": cluster.ranks,
-                "ranks_per_host": cluster.ranks_per_host,
-                "bytes_of_a_rank": self.capacity,
-            },
-            "fits": self.planned is not None,
-            "rows_of_a_rank": self.rows,
-            "dense": self.dense.describe(cluster, self.rows),
-            "assumptions": self.assumptions(),
-        }
-        if self.planned is None:
-            return result | {"failure": describe_failure(self.failure), "ways_out": [vars(way) for way in self.ways]}
-        planned, why = self.planned, explain(self)
-        load = planned.per_rank
-        result |= {
-            "tables": {
-                spec.name: {
-                    "rows": spec.rows,
-                    "dim": spec.dim,
-                    "precision": spec.precision,
-                    "sharding_type": planned.chosen[spec.name].sharding_type,
-                    "kernel": planned.chosen[spec.name].kernel,
-                    "ranks": list(planned.ranks[spec.name]),
-                    "bytes": self.table_bytes(spec.name),
-                    "weight_bytes": int(planned.chosen[spec.name].weight_bytes.sum()),
-                    "state_bytes": int(planned.chosen[spec.name].state_bytes.sum()),
-                    "ms": dict(vars(planned.chosen[spec.name].cost)),
-                    "why": why[spec.name],
-                }
-                for spec in self.request.specs
-            },
-            "per_rank": {
-                "table_ms": [round(float(ms), 6) for ms in load.ms],
-                "device_bytes": load.device_bytes.tolist(),
-                "host_bytes": load.host_bytes.tolist(),
-                "dense_bytes": self.dense_bytes,
-            },
-            "bottleneck_rank": planned.bottleneck,
-            "imbalance": planned.imbalance,
-            "step_ms": {**self.step, "total": self.step_ms},
-            "rows_per_s": self.rows_per_s,
-            "planning_seconds": round(planned.seconds, 3),
-        }
-        return result
-
-
-def describe_failure(failure: DoesNotFit | TooDense) -> dict[str, Any]:
-    if isinstance(failure, TooDense):
-        return {"message": str(failure), "needed": failure.needed, "available": failure.available}
-    return {
-        "message": str(failure),
-        "table": failure.table,
-        "rank": failure.rank,
-        "memory": failure.memory,
-        "needed": failure.needed,
-        "available": failure.available,
-        "excess": failure.excess,
-    }
-
-
-def answer(request: Request, cluster: Cluster) -> Answer:
-    """Plan, and where nothing fits, look for ways out."""
-    from .ways_out import ways_out
-
-    dense = count_dense(request)
-    found = Answer(request, cluster, request.batch_rows(cluster.ranks), dense)
-    if found.dense_bytes >= found.capacity:
-        activations = dense.activation_bytes(found.rows)
-        found = replace(found, failure=TooDense(found.dense_bytes, found.capacity, activations, found.rows))
-    else:
-        try:
-            return replace(found, planned=plan_tables(request, cluster, dense))
-        except DoesNotFit as failure:
-            found = replace(found, failure=failure)
-    return replace(found, ways=ways_out(found))
 
 
 def latency_ms(planned: Planned) -> float:

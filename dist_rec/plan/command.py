@@ -11,7 +11,8 @@ from ..embeddings.clusters import Cluster, find_cluster, this_machine
 from ..embeddings.plan_file import write_plan
 from ..errors import UserError
 from ..training.process import quieten
-from .answer import Answer, answer
+from .answer import Answer
+from .ask import describe, find_answer
 from .request import Request, parse_settings, read_request
 
 # Exit code where nothing fits: the user's request is what is wrong.
@@ -52,22 +53,22 @@ def run(
     request = read_request(path, keys | parse_settings(settings), schema)
     told: dict[str, Any] = {}
     if wishes.suggest:
-        from .suggest import describe, print_suggestions, suggest
+        from .suggest import describe_suggestions, print_suggestions, suggest
 
         found = suggest(request)
         print_suggestions(found)
-        told["suggestions"] = describe(found)
+        told["suggestions"] = describe_suggestions(found)
         if wishes.cluster is None and wishes.clusters is None and wishes.world is None and not wishes.verify:
             return 0, told
-    answers = [answer(request, cluster) for cluster in _clusters(wishes, request)]
+    answers = [find_answer(request, cluster) for cluster in _clusters(wishes, request)]
     from .text import print_answer, print_side_by_side
 
     if len(answers) == 1:
         print_answer(answers[0], wishes.all_tables)
-        told = answers[0].describe() | told
+        told = describe(answers[0]) | told
     else:
         print_side_by_side(answers)
-        told = {"clusters": [one.describe() for one in answers]} | told
+        told = {"clusters": [describe(one) for one in answers]} | told
     if all(one.planned is None for one in answers):
         return DOES_NOT_FIT, told
     _write(answers[0], wishes)

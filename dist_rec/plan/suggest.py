@@ -91,7 +91,7 @@ def _of(request: Request, spec: TableSpec) -> Suggestion:
     return Suggestion(spec.name, spec.rows, name, distinct, dict(count.coverage), key, value, now, then, why)
 
 
-def describe(found: list[Suggestion]) -> list[dict[str, Any]]:
+def describe_suggestions(found: list[Suggestion]) -> list[dict[str, Any]]:
     return [vars(one) for one in found]
 
 

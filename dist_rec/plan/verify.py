@@ -23,7 +23,8 @@ from ..embeddings.description import describe_plan
 from ..embeddings.planner import DoesNotFit
 from ..embeddings.tables import SEQUENCE_SHARDING_TYPES
 from ..errors import UserError
-from .answer import Answer, latency_ms, plan_tables
+from ..training.planning import plan_tables
+from .answer import Answer, latency_ms
 from .text import console, say, table_of
 
 ALTERNATIVES = ("table_wise", "row_wise", "column_wise", "data_parallel")

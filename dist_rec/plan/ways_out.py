@@ -11,7 +11,8 @@ from ..embeddings.sharders import COLUMN_STEP
 from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..training.dense_cost import STAGES, Dense, count_dense
-from .answer import GIB, Answer, TooDense, WayOut, plan_tables
+from ..training.planning import plan_tables
+from .answer import GIB, Answer, TooDense, WayOut
 from .request import Request
 
 # How often ranks are doubled, and how many sizes of a table are tried.
