@@ -29,7 +29,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dist_rec.config import Config
 from dist_rec.data.vocabulary import mix
-from dist_rec.embeddings.ids import FREE, ID, first_vectors
+from dist_rec.embeddings.ids import COUNT, FREE, ID, LAST_SEEN, first_vectors
 from dist_rec.embeddings.managed import id_counts, managed_ids
 from dist_rec.embeddings.sharding import OPTIMIZERS, optimizer_arguments
 from dist_rec.embeddings.tables import EmbeddingTables
@@ -297,10 +297,10 @@ def faults(config, process, folder, name, layout, data):
     _, hybrid, _ = make_hybrid(prepare(config), process)
     saved, true, wrong = checkpoint.last_good(folder / name), managed_checkpoint.whole_numbers, []
 
-    def expect(words, change):
+    def expect(words, change, changed_kind=ID):
         def changed(saved, table, info, kind, box):
             numbers = true(saved, table, info, kind, box)
-            if kind == ID and table == "user_id" and len(numbers):
+            if kind == changed_kind and table == "user_id" and len(numbers):
                 change(numbers)
             return numbers
 
@@ -314,7 +314,12 @@ def faults(config, process, folder, name, layout, data):
     expect("ids of other ranks", lambda numbers: numbers[:1].fill_(-5))
     expect("ids of other ranks", lambda numbers: numbers[:1].fill_(RAW_IDS - 1 if numbers[0] < RAW_IDS // 2 else 1))
     expect("an id in the shared row", lambda numbers: numbers[-1:].copy_(numbers[:1]))
-    expect("an id in two rows", lambda numbers: numbers[1:2].copy_(numbers[:1]))
+    expect("an id twice", lambda numbers: numbers[1:2].copy_(numbers[:1]))
+    for kind, words in ((COUNT, "an id that never came"), (LAST_SEEN, "an id that came at no step")):
+        if kind in managed_ids(hybrid.sharded)["user_id"].kinds:
+            expect(words, lambda numbers: numbers[:1].fill_(-1), kind)
+            if kind == LAST_SEEN:
+                expect(words, lambda numbers: numbers[:1].fill_(10**12), kind)
     other = "lru" if config.tables.managed.policy != "lru" else "lfu"
     another = config_of(data, layout.replace(config.tables.managed.policy, other), TIGHT, INTERVAL)
     _, hybrid, _ = make_hybrid(prepare(another), process)

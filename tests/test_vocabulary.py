@@ -87,8 +87,8 @@ def test_raw_ids_are_themselves_and_other_values_their_hash(tmp_path, ending):
     wanted = [plain[v] if v in plain else hashed(v) for v in values]
     found = read(tmp_path / "out")
     assert [row["user"] for row in found] == wanted
-    # A missing entry of a history, which is aligned with others, is 0.
-    assert [row["past"] for row in found] == [[hashed("q") if w is None else w, 0, 9] for w in wanted]
+    # A missing entry of a history, which is aligned with others, is no value's id, and not that of "0".
+    assert [row["past"] for row in found] == [[hashed("q") if w is None else w, hashed(""), 9] for w in wanted]
 
 
 def test_integers_of_any_type_are_the_same_raw_id(tmp_path):

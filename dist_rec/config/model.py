@@ -64,7 +64,8 @@ class ManagedConfig:
 
     policy: Literal["lfu", "lru", "distance_lfu"] = "distance_lfu"
     interval: int = Field(default=10, ge=1)
-    decay: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    # Below, float32 cannot tell one distance from another.
+    decay: float = Field(default=1.0, ge=1e-3, allow_inf_nan=False)
 
 
 @strict

@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ..schema import RAW_IDS, Schema
+
 Use = Literal["string", "list", "vector", "number", "time"]
 SQL_TYPE = {"string": "VARCHAR", "list": "VARCHAR[]", "vector": "FLOAT[]", "number": "DOUBLE", "time": "BIGINT"}
 # The column of every table that names the file a row is from.
@@ -131,3 +133,16 @@ def _vector(need: Need, column: str, kind: str) -> str:
         f"WHEN ({many}) IS NULL THEN {_complain(need, text, 'is neither a number nor a list of numbers')} "
         f"ELSE {full.format(f'({many})')} END"
     )
+
+
+def raw_id(value: str) -> str:
+    """A whole number in range, written as numbers are, is itself; anything else is hashed: "007" is not 7."""
+    number, hashed = f"TRY_CAST({value} AS BIGINT)", f"CAST(md5_number_lower({value}) % {RAW_IDS}::UBIGINT AS BIGINT)"
+    itself = f"{number} BETWEEN 0 AND {RAW_IDS - 1} AND CAST({number} AS VARCHAR) = {value}"
+    return f"CASE WHEN {value} IS NOT NULL THEN CASE WHEN {itself} THEN {number} ELSE {hashed} END END"
+
+
+def no_id(schema: Schema, feature: str) -> str:
+    """What stands in a history for an event without an id: of a raw vocabulary the id of the empty string, which is
+    null and so no event's own; of others row 0."""
+    return raw_id("''") if schema.features[schema.table_of(feature)].vocabulary.kind == "raw" else "0"

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schema import Schema
-from .casts import literal, quote
+from .casts import literal, no_id, quote
 from .sources import stream
 
 BATCH_ROWS = 131_072
@@ -89,7 +89,7 @@ def collect(con: duckdb.DuckDBPyConnection, schema: Schema, folder: Path, train_
             conditions.append("split = 0")
         selected.append(f"CAST({' AND '.join(conditions)} AS TINYINT) AS e{group.number}")
         for feature, of in group.features.items():
-            missing = empty_text if schema.features[feature].kind == "texts" else 0
+            missing = empty_text if schema.features[feature].kind == "texts" else no_id(schema, feature)
             selected.append(f"CAST(coalesce({quote(f'f:{of}')}, {missing}) AS BIGINT) AS {quote(f'v:{feature}')}")
     query = (
         f"SELECT {', '.join(selected)} FROM encoded "

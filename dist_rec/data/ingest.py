@@ -13,8 +13,8 @@ from pathlib import Path
 import duckdb
 
 from ..errors import UserError
-from ..schema import RAW_IDS, Feature, Schema
-from .casts import literal, quote
+from ..schema import Feature, Schema
+from .casts import literal, no_id, quote, raw_id
 from .index import SPLITS
 from .sources import Source
 from .split import Split, split_sql
@@ -216,15 +216,8 @@ def _vocabulary_sql(source: Source, table: str) -> Callable[[str], str] | None:
     if vocabulary.kind == "integer":
         return lambda v: f"CAST({v} AS BIGINT)"
     if vocabulary.kind == "raw":
-        return _raw_sql
+        return raw_id
     return None
-
-
-def _raw_sql(value: str) -> str:
-    """A whole number in range, written as numbers are, is itself; anything else is hashed: "007" is not 7."""
-    number, hashed = f"TRY_CAST({value} AS BIGINT)", f"CAST(md5_number_lower({value}) % {RAW_IDS}::UBIGINT AS BIGINT)"
-    itself = f"{number} BETWEEN 0 AND {RAW_IDS - 1} AND CAST({number} AS VARCHAR) = {value}"
-    return f"CASE WHEN {value} IS NOT NULL THEN CASE WHEN {itself} THEN {number} ELSE {hashed} END END"
 
 
 def _list_table(source: Source, name: str, dictionary: str, shift: int) -> str:
@@ -270,7 +263,7 @@ def encode(source: Source, split: Split | None, seed: int) -> None:
                 joins += f" LEFT JOIN {dictionary} d{i} ON d{i}.value = {raw}"
                 value = f"CASE WHEN {raw} IS NOT NULL THEN coalesce(d{i}.row, {shift}) - {shift} END"
         elif direct:
-            value = f"list_transform({_items(feature, raw)}, lambda x: coalesce({direct('x')}, 0))"
+            value = f"list_transform({_items(feature, raw)}, lambda x: coalesce({direct('x')}, {no_id(schema, name)}))"
         else:
             joins += f" LEFT JOIN {_list_table(source, name, dictionary, shift)} l{i} ON l{i}.n = s.n"
             value = f"CASE WHEN {raw} IS NOT NULL THEN coalesce(l{i}.v, []) END"

@@ -71,8 +71,8 @@ def fault_of_rows(table: str, rows: int, ranks: int) -> str | None:
         return None
     # The cut is in equal shares, and the last one gets what is left.
     return (
-        f"{key}: {rows} rows cut over {ranks} ranks leave the last one fewer than {LEAST_ROWS}: give a multiple of "
-        f"{ranks} that is {ranks * LEAST_ROWS} or more"
+        f"{key}: {rows} rows cut over {ranks} ranks leave the last one fewer than {LEAST_ROWS}: start fewer ranks, "
+        f"or, for a run that has not begun, give a multiple of {ranks} that is {ranks * LEAST_ROWS} or more"
     )
 
 

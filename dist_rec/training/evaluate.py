@@ -5,6 +5,7 @@ Needs no engine: the dense model is loaded whole on every rank, the tables are s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,10 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
         saved = checkpoint.read_state(found)
         stream = build_stream(prepared, split, process.rank, process.world_size)
         tables, sharded, _ = build_tables(prepared, process)
-        checkpoint.load_tables(saved, sharded, with_optimizer=False)
+        converted = checkpoint.load_tables(saved, sharded, with_optimizer=False)
+        if converted and process.is_main:
+            lines = "\n".join(f"  - {one}" for one in converted)
+            print(f"dist-rec: not quite the tables that were trained, for these differ:\n{lines}", file=sys.stderr)
         model = build_model(prepared, DistributedReduction())
         checkpoint.load_dense(saved, model)
         model.to(device).eval()
@@ -56,7 +60,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
 
         tasks = {task: spec.label for task, spec in model.tasks.items()}
         result = evaluate(prepared, tasks, stream, predict, sharded)
-        entry = {"split": split, "step": saved.step, **result}
+        entry = {"split": split, "step": saved.step, **({"converted": converted} if converted else {}), **result}
         if process.is_main:
             write_evaluation(run, entry)
     return entry

@@ -73,7 +73,8 @@ def print_inspection(found: dict[str, Any]) -> None:
         rows, dim = info["shape"]
         states = ", ".join(f"{kind} a {per}" for kind, per in info["optimizer"].items()) or "none"
         sharding = str(info["sharding_type"] or "?")
-        table.add_row(escape(name), f"{rows:,}", str(dim), info["dtype"], sharding, str(info["shards"]), states)
+        counted = f"{rows:,} managed" if info["managed"] else f"{rows:,}"
+        table.add_row(escape(name), counted, str(dim), info["dtype"], sharding, str(info["shards"]), states)
     console.print(table)
     states = ", ".join(found["dense_optimizer"]) or "none"
     console.print(f"dense: {found['dense_parameters']:,} parameters, optimizer state {states}", highlight=False)
@@ -87,7 +88,8 @@ def export_full(saved: Saved, out: Path, with_optimizer: bool) -> dict[str, Any]
 
     A managed table has `tables.NAME.id` beside it, int64 `[rows]`: what `data.vocabulary.mix` makes of a row's id, the
     largest int64 where a row has none. The file's metadata has its `tables.NAME.ranges`: the ids 0 .. RAW_IDS - 1 are
-    cut into so many equal ranges, the rows, too, and an id that is not there reads the last row of its range's.
+    cut into so many equal ranges, the rows, too, and an id that is not there reads the last row of its range's. Ids
+    that wait for a row are left out.
 
     Args:
         saved: a verified checkpoint.

@@ -84,7 +84,8 @@ def restore_ids(saved: Saved, table: str, box: Box, ids: ManagedIds) -> list[str
     info = saved.manifest.tables[table]
     by_row = {kind: whole_numbers(saved, table, info, kind, box) for kind in ids.kinds}
     faults = _faults_of_piece(table, by_row[ID], dist.get_rank(), dist.get_world_size(), is_end=True)
-    faults += _faults_of_all(table, by_row[ID][by_row[ID] != FREE])
+    taken = by_row[ID] != FREE
+    faults += _faults_of_all(table, {kind: numbers[taken] for kind, numbers in by_row.items()}, saved.step)
     more, pending = _pending(saved, table)
     if not (faults := faults + more):
         ids.restore({kind: numbers.to(ids.device) for kind, numbers in by_row.items()}, pending, saved.step)
@@ -154,7 +155,8 @@ def _pending(saved: Saved, table: str) -> tuple[list[str], dict[str, Tensor]]:
         mine = owner_of(numbers[ID], ranks) == rank
         for kind, parts in found.items():
             parts.append(numbers[kind][mine])
-    return faults, {kind: torch.cat(parts) for kind, parts in found.items()}
+    pending = {kind: torch.cat(parts) for kind, parts in found.items()}
+    return faults + _faults_of_all(table, pending, saved.step), pending
 
 
 def _pieces(info: TensorInfo) -> list[Box]:
@@ -180,7 +182,7 @@ def _in_range(
                     found[kind].append(whole_numbers(saved, table, info, kind, block)[mine])
     nothing = torch.empty(0, dtype=torch.int64)
     kept = {kind: torch.cat([nothing, *parts]) for kind, parts in found.items()}
-    return faults + _faults_of_all(table, kept[ID]), torch.cat([nothing, *rows]), kept
+    return faults + _faults_of_all(table, kept, saved.step), torch.cat([nothing, *rows]), kept
 
 
 def _faults_of_piece(table: str, ids: Tensor, number: int, pieces: int, is_end: bool) -> list[str]:
@@ -193,8 +195,14 @@ def _faults_of_piece(table: str, ids: Tensor, number: int, pieces: int, is_end: 
     return []
 
 
-def _faults_of_all(table: str, ids: Tensor) -> list[str]:
-    return [f"table {table!r} has an id in two rows"] if len(ids.unique()) < len(ids) else []
+def _faults_of_all(table: str, kept: dict[str, Tensor], step: int) -> list[str]:
+    """Of ids that stand in rows or wait for one, each stands once, has come, and by `step`."""
+    faults = [f"table {table!r} has an id twice"] if len(kept[ID].unique()) < len(kept[ID]) else []
+    if COUNT in kept and bool((kept[COUNT] < 1).any()):
+        faults.append(f"table {table!r} has an id that never came")
+    if LAST_SEEN in kept and bool(((kept[LAST_SEEN] < 1) | (kept[LAST_SEEN] > step)).any()):
+        faults.append(f"table {table!r} has an id that came at no step up to {step}")
+    return faults
 
 
 def _take(saved: Saved, table: str, info: TensorInfo, kind: str, rows: Tensor, target: Tensor) -> None:

@@ -116,8 +116,9 @@ def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = Tru
                         saved, shard.table, {kind: shard.tensors[kind] for kind in kinds}, ids
                     )
                     faults += found
-                    continue
-                faults += restore_ids(saved, shard.table, shard.box, ids)
+                    kinds = []
+                else:
+                    faults += restore_ids(saved, shard.table, shard.box, ids)
             for kind in kinds:
                 target = shard.tensors[kind]
                 if not info.kinds[kind].per_row:
