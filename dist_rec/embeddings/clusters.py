@@ -10,20 +10,19 @@ import os
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import UserError, nearest
 from ..strict import from_dict, read_yaml, strict
+from .quantities import COMPUTE, RATE, SIZE, quantity
 
 MACHINES = Path(__file__).parents[2] / "configs" / "clusters"
 THIS_MACHINE = "here"
 MOST_RANKS = 65536
-_UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15} | {
-    f"{letter}i": 1024.0**power for power, letter in enumerate("kmgtp", 1)
-}
-_QUANTITY = re.compile(r"([0-9.]+(?:e[+-]?\d+)?)\s*(?:([kmgtp]i?)?(b|flop|bit)?(/s)?)", re.IGNORECASE)
+# Of rated numbers: what is less is no machine, and times would overflow.
+LEAST_SHARE = 0.001
 # Of a CPU that is only known by its number of cores: what one server core (AVX-512 with bf16) reached when this project
 # measured, in models of its kind, whose products are small (of 80 and 205 GFLOP/s in products of 1,024 x 1,024), with
 # rows gathered at random from a table beyond the caches, and with gloo over loopback.
@@ -75,18 +74,32 @@ class Cluster:
         return int(memory * (1 - self.reserved_share))
 
 
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number: write one")
+    return value
+
+
+_Size = Annotated[int, BeforeValidator(lambda value: quantity(value, SIZE))]
+_Rate = Annotated[float, BeforeValidator(lambda value: quantity(value, RATE))]
+_Compute = Annotated[float, BeforeValidator(lambda value: quantity(value, COMPUTE))]
+_Count = Annotated[int, Field(ge=1, le=MOST_RANKS), BeforeValidator(_no_boolean)]
+_Share = Annotated[float, BeforeValidator(_no_boolean)]
+
+
 @strict
 class Efficiency:
     """Shares of the rated numbers that are assumed to be reached."""
 
-    memory: float = Field(gt=0, le=1)
-    network: float = Field(gt=0, le=1)
-    flops: float = Field(gt=0, le=1)
+    memory: _Share = Field(ge=LEAST_SHARE, le=1)
+    network: _Share = Field(ge=LEAST_SHARE, le=1)
+    flops: _Share = Field(ge=LEAST_SHARE, le=1)
 
 
 @strict
 class Machine:
-    """One host as its data sheet has it. Sizes and rates are numbers, or text: `80 GiB`, `3.35 TB/s`, `67 TFLOP/s`.
+    """One host as its data sheet has it. Sizes and rates are numbers, or text: `80 GiB`, `3.35 TB/s`, `67 TFLOP/s`
+    (see `quantity`).
 
     Fields are those of `Cluster`, rated; `ranks_per_host` is how many ranks a host has, `ranks` how many there are
     where nobody says (a host's).
@@ -94,24 +107,28 @@ class Machine:
 
     name: str
     device: Literal["cpu", "cuda"]
-    ranks_per_host: int = Field(ge=1)
-    device_memory: int = Field(default=0, ge=0)
-    host_memory: int = Field(ge=1)
-    device_bandwidth: float = Field(default=0.0, ge=0)
-    host_bandwidth: float = Field(gt=0)
-    host_to_device_bandwidth: float = Field(default=0.0, ge=0)
-    intra_host_bandwidth: float = Field(gt=0)
-    inter_host_bandwidth: float = Field(gt=0)
-    flops: dict[Literal["fp32", "bf16"], float]
-    reserved_share: float = Field(default=0.15, ge=0, lt=1)
+    ranks_per_host: _Count
+    device_memory: _Size = 0
+    host_memory: _Size = Field(gt=0)
+    device_bandwidth: _Rate = 0.0
+    host_bandwidth: _Rate = Field(gt=0)
+    host_to_device_bandwidth: _Rate = 0.0
+    intra_host_bandwidth: _Rate = Field(gt=0)
+    inter_host_bandwidth: _Rate = Field(gt=0)
+    flops: dict[Literal["fp32", "bf16"], _Compute]
+    reserved_share: _Share = Field(default=0.15, ge=0, lt=1)
     efficiency: Efficiency
-    ranks: int | None = Field(default=None, ge=1, le=MOST_RANKS)
+    ranks: _Count | None = None
 
     @model_validator(mode="after")
     def _whole(self):
-        lacking = [n for n in ("device_memory", "device_bandwidth", "host_to_device_bandwidth") if not getattr(self, n)]
+        of_device = ("device_memory", "device_bandwidth", "host_to_device_bandwidth")
+        lacking = [name for name in of_device if not getattr(self, name)]
         if self.device == "cuda" and lacking:
             raise ValueError(f"device: cuda needs {', '.join(lacking)}")
+        given = [name for name in of_device if getattr(self, name)]
+        if self.device == "cpu" and given:
+            raise ValueError(f"device: cpu has no {', '.join(given)}: leave it out, or write device: cuda")
         if set(self.flops) != {"fp32", "bf16"} or min(self.flops.values()) <= 0:
             raise ValueError("flops needs fp32 and bf16, both above 0")
         return self
@@ -170,7 +187,7 @@ def read_machine(path: str | Path) -> Machine:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a machine is a mapping with name, device, ranks_per_host and so on; see {MACHINES}.")
-    return from_dict(Machine, _numbers(tree), str(path))
+    return from_dict(Machine, tree, str(path))
 
 
 def find_cluster(spec: str, ranks: int | None = None) -> Cluster:
@@ -182,7 +199,7 @@ def find_cluster(spec: str, ranks: int | None = None) -> Cluster:
     Raises:
         UserError: there is no such machine, or not so many ranks of it.
     """
-    found = re.fullmatch(r"(\d+)\s*[x×]\s*(.+)", spec.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d{1,9})\s*[x×]\s*(.+)", spec.strip(), re.IGNORECASE)
     count, name = (int(found[1]), found[2]) if found else (None, spec.strip())
     if count == 0:
         raise UserError(f"cluster {spec!r}: has no rank.")
@@ -266,23 +283,3 @@ def _this_gpu(ranks: int, per_host: int) -> Cluster:
             "basis": [f"This machine: memory is looked up; {taken}.", *base.basis],
         }
     )
-
-
-def number(text: Any) -> Any:
-    """`2e9`, `80 GiB`, `3.35 TB/s` or `67 TFLOP/s` as a number; bits as bytes. Anything else as it is."""
-    found = _QUANTITY.fullmatch(text.strip()) if isinstance(text, str) else None
-    if found is None:
-        return text
-    try:
-        value = float(found[1]) * _UNITS.get((found[2] or "").lower(), 1.0)
-    except ValueError:
-        return text
-    if (found[3] or "").lower() == "bit":
-        value /= 8
-    return int(value) if value.is_integer() else value
-
-
-def _numbers(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: value if key == "name" else _numbers(value) for key, value in tree.items()}
-    return number(tree)

@@ -38,35 +38,56 @@ class TooDense:
 
 @dataclass(frozen=True)
 class WayOut:
-    """A change under which it fits, and what it then takes: of the fullest rank and of the step."""
+    """A change under which it fits, and what it then takes: of the fullest rank and of the step.
+
+    Attributes:
+        setting: the options that make it, to be added to the command; None where no option does.
+        replaces: `KEY=VALUE` that were given already, in whose place they stand.
+        fullest, capacity: bytes of one rank's `memory`, `device` or `host`: that which was short.
+    """
 
     change: str
-    setting: str
+    setting: str | None
+    replaces: list[str]
+    memory: str
     fullest: int
     capacity: int
     tables_ms: float
 
     def __str__(self) -> str:
+        instead = f", in place of {' and '.join(self.replaces)}" if self.replaces else ""
+        setting = f" ({self.setting}{instead})" if self.setting else ""
         return (
             f"{self.change}: fits; the fullest rank then holds {self.fullest / GIB:.2f} of {self.capacity / GIB:.2f} "
-            f"GiB, and tables take {self.tables_ms:.3g} ms a step ({self.setting})"
+            f"GiB of {self.memory} memory, and tables take {self.tables_ms:.3g} ms a step{setting}"
         )
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Beside other clusters, one for which the question cannot be put: its name, and why."""
+
+    name: str
+    why: str
 
 
 @dataclass(frozen=True)
 class Answer:
     """What `dist-rec plan` says of one cluster. Exactly one of `planned` and `failure` is there.
 
-    `rows`: of one rank's batch.
+    `rows`: of one rank's batch. `spec`: the cluster as `--cluster` takes it, or `here`. `tried`: changes that do not
+    make it fit.
     """
 
     request: Request
     cluster: Cluster
+    spec: str
     rows: int
     dense: Dense
     planned: Planned | None = None
     failure: DoesNotFit | TooDense | None = None
     ways: list[WayOut] = field(default_factory=list)
+    tried: list[str] = field(default_factory=list)
 
     @property
     def memory(self) -> str:

@@ -7,18 +7,27 @@ from typing import Any
 
 from ..embeddings.clusters import Cluster
 from ..embeddings.planner import DoesNotFit
+from ..embeddings.sharders import check_kernels
 from ..training.dense_cost import count_dense
 from ..training.planning import plan_tables
-from .answer import Answer, TooDense
+from .answer import Answer, Refused, TooDense
 from .explain import explain
 from .request import Request
 from .ways_out import ways_out
 
 
-def find_answer(request: Request, cluster: Cluster) -> Answer:
-    """Plan, and where nothing fits, look for ways out."""
+def find_answer(request: Request, cluster: Cluster, spec: str | None = None) -> Answer:
+    """Plan, and where nothing fits, look for ways out.
+
+    Args:
+        spec: the cluster as `--cluster` takes it, or `here`; its name without.
+
+    Raises:
+        UserError: the question makes no sense of this cluster.
+    """
+    check_kernels(request.specs, cluster.device)
     dense = count_dense(request)
-    found = Answer(request, cluster, request.batch_rows(cluster.ranks), dense)
+    found = Answer(request, cluster, spec or cluster.name, request.batch_rows(cluster.ranks), dense)
     if found.dense_bytes >= found.capacity:
         activations = dense.activation_bytes(found.rows)
         found = replace(found, failure=TooDense(found.dense_bytes, found.capacity, activations, found.rows))
@@ -27,11 +36,14 @@ def find_answer(request: Request, cluster: Cluster) -> Answer:
             return replace(found, planned=plan_tables(request, cluster, dense))
         except DoesNotFit as failure:
             found = replace(found, failure=failure)
-    return replace(found, ways=ways_out(found))
+    ways, tried = ways_out(found)
+    return replace(found, ways=ways, tried=tried)
 
 
-def describe(answer: Answer) -> dict[str, Any]:
+def describe(answer: Answer | Refused) -> dict[str, Any]:
     """Ready for JSON. Bytes, milliseconds."""
+    if isinstance(answer, Refused):
+        return {"cluster": {"name": answer.name}, "fits": False, "refused": answer.why}
     cluster = answer.cluster
     result: dict[str, Any] = {
         "cluster": {
@@ -47,7 +59,11 @@ def describe(answer: Answer) -> dict[str, Any]:
         "assumptions": answer.assumptions(),
     }
     if answer.planned is None:
-        return result | {"failure": describe_failure(answer.failure), "ways_out": [vars(way) for way in answer.ways]}
+        return result | {
+            "failure": describe_failure(answer.failure),
+            "ways_out": [vars(way) for way in answer.ways],
+            "tried": answer.tried,
+        }
     planned, why = answer.planned, explain(answer)
     load = planned.per_rank
     result |= {

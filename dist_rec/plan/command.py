@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..embeddings.clusters import Cluster, find_cluster, this_machine
+from ..embeddings.clusters import THIS_MACHINE, Cluster, find_cluster, this_machine
 from ..embeddings.plan_file import write_plan
 from ..errors import UserError
 from ..training.process import quieten
-from .answer import Answer
+from .answer import Answer, Refused
 from .ask import describe, find_answer
 from .request import Request, parse_settings, read_request
 
@@ -60,7 +60,7 @@ def run(
         told["suggestions"] = describe_suggestions(found)
         if wishes.cluster is None and wishes.clusters is None and wishes.world is None and not wishes.verify:
             return 0, told
-    answers = [find_answer(request, cluster) for cluster in _clusters(wishes, request)]
+    answers = _answers(_clusters(wishes), request)
     from .text import print_answer, print_side_by_side
 
     if len(answers) == 1:
@@ -69,7 +69,7 @@ def run(
     else:
         print_side_by_side(answers)
         told = {"clusters": [describe(one) for one in answers]} | told
-    if all(one.planned is None for one in answers):
+    if all(isinstance(one, Refused) or one.planned is None for one in answers):
         return DOES_NOT_FIT, told
     _write(answers[0], wishes)
     if wishes.verify:
@@ -98,16 +98,33 @@ def _check(wishes: Wishes, schema: Path | None) -> None:
             raise UserError(f"--{name} {place}: there is no folder {place.parent}.")
 
 
-def _clusters(wishes: Wishes, request: Request) -> list[Cluster]:
+def _clusters(wishes: Wishes) -> list[tuple[str, int | None]]:
+    """What `--cluster` names, or `here`, each with every `--world`."""
     names = [name.strip() for name in (wishes.clusters or wishes.cluster or "").split(",") if name.strip()]
-    worlds: list[int | None] = [None]
-    if wishes.world is not None:
-        worlds = [_ranks(part) for part in wishes.world.split(",")]
-    if not names:
-        if wishes.clusters is not None or wishes.cluster is not None:
-            raise UserError("--cluster needs a name, such as 8xh100.")
-        return [_here(request, ranks) for ranks in worlds]
-    return [find_cluster(name, ranks) for name in names for ranks in worlds]
+    if not names and (wishes.clusters is not None or wishes.cluster is not None):
+        raise UserError("--cluster needs a name, such as 8xh100.")
+    worlds = [_ranks(part) for part in wishes.world.split(",")] if wishes.world is not None else [None]
+    return [(name, ranks) for name in names or [THIS_MACHINE] for ranks in worlds]
+
+
+def _answers(clusters: list[tuple[str, int | None]], request: Request) -> list[Answer | Refused]:
+    """Of several, one that cannot be asked about does not keep the others from being answered.
+
+    Raises:
+        UserError: there is only one, or none of them can be.
+    """
+    answers: list[Answer | Refused] = []
+    for name, ranks in clusters:
+        try:
+            cluster = _here(request, ranks) if name == THIS_MACHINE else find_cluster(name, ranks)
+            answers.append(find_answer(request, cluster, name))
+        except UserError as error:
+            if len(clusters) == 1:
+                raise
+            answers.append(Refused(f"{name} on {ranks} ranks" if ranks else name, str(error)))
+    if all(isinstance(one, Refused) for one in answers):
+        raise UserError("\n".join(dict.fromkeys(one.why for one in answers)))
+    return answers
 
 
 def _ranks(text: str) -> int:

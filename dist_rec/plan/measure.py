@@ -8,6 +8,7 @@ FOLDER holds config.yaml and plans.json; rank 0 leaves measured.json.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import redirect_stdout
@@ -24,6 +25,7 @@ from torchrec.distributed.types import ShardedTensor
 from ..config import Config, load_config
 from ..data.stream import Stream
 from ..embeddings.sharding import local_parts, table_weights
+from ..errors import UserError
 from ..training.collectives import DistributedReduction
 from ..training.engine import make_engine
 from ..training.hybrid import Hybrid
@@ -31,6 +33,9 @@ from ..training.process import Process, choose_device, process_group, quieten
 from ..training.setup import Prepared, build_model, build_tables, build_training_stream, prepare
 
 WARM_UP = 2
+# Before what a rank that fails says on stderr, a line without its traceback.
+FAULT = "dist-rec measure: "
+LONGEST_FAULT = 2000
 
 
 def measure(config: Config, plans: dict[str, Any], steps: int, rounds: int) -> dict[str, Any] | None:
@@ -121,7 +126,14 @@ def main() -> None:
     quieten()
     folder = Path(sys.argv[1])
     asked = json.loads((folder / "plans.json").read_text())
-    result = measure(load_config(folder / "config.yaml"), asked["plans"], asked["steps"], asked["rounds"])
+    try:
+        result = measure(load_config(folder / "config.yaml"), asked["plans"], asked["steps"], asked["rounds"])
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        words = kind + " ".join(str(error).split())
+        print(f"{FAULT}{words[:LONGEST_FAULT]}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective, and so may threads of this one: torchrun ends them all.
+        os._exit(1)
     if result is not None:
         (folder / "measured.json").write_text(json.dumps(result))
 

@@ -9,8 +9,10 @@ import numpy as np
 from ..errors import UserError
 from .answer import GIB, Answer
 
-# Tables that get a colour of their own; the others are one.
+# Tables that get a colour of their own, half of them for their time and half for their memory; the others are one.
 COLOURS = 10
+# Ranks within this share of the slowest are as slow.
+ALIKE = 1e-6
 REST = "#bbbbbb"
 DENSE = "#555555"
 INCHES = (12, 8)
@@ -30,14 +32,15 @@ def draw(answer: Answer, path: Path) -> None:
     from matplotlib import pyplot
 
     planned = answer.planned
-    names = sorted(planned.chosen, key=lambda n: -planned.per_table[n].ms.sum())
     device = answer.memory == "device"
 
     def memory_of(name: str) -> np.ndarray:
         load = planned.per_table[name]
         return (load.device_bytes if device else load.host_bytes) / GIB
 
-    own, rest = names[:COLOURS], names[COLOURS:]
+    times = {name: float(planned.per_table[name].ms.sum()) for name in planned.chosen}
+    own = coloured(times, {name: float(memory_of(name).sum()) for name in planned.chosen})
+    rest = [name for name in planned.chosen if name not in own]
     stacks = [(name, memory_of(name), planned.per_table[name].ms) for name in own]
     colours = [pyplot.get_cmap("tab10")(i) for i in range(len(own))]
     if rest:
@@ -66,10 +69,12 @@ def draw(answer: Answer, path: Path) -> None:
     above.set_ylabel(f"GiB of {answer.memory} memory")
     below.set_ylabel("ms of a step, tables")
     below.set_xlabel("rank")
-    below.axvline(planned.bottleneck, color="red", linestyle=":", linewidth=1)
+    slowest = planned.per_rank.ms.max()
+    alike = int((planned.per_rank.ms >= slowest * (1 - ALIKE)).sum())
+    below.axhline(slowest, color="red", linestyle=":", linewidth=1)
+    who = f"slowest rank {planned.bottleneck}" if alike == 1 else f"{alike} ranks equally slow"
     above.set_title(
-        f"{answer.cluster.name}: step {answer.step_ms:.3g} ms, slowest rank {planned.bottleneck}, imbalance "
-        f"{planned.imbalance:.2f}",
+        f"{answer.cluster.name}: step {answer.step_ms:.3g} ms, {who}, imbalance {planned.imbalance:.2f}",
         loc="left",
     )
     above.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
@@ -79,6 +84,13 @@ def draw(answer: Answer, path: Path) -> None:
         raise UserError(f"the picture cannot be written to {path}: {error}") from None
     finally:
         pyplot.close(figure)
+
+
+def coloured(times: dict[str, float], memory: dict[str, float]) -> list[str]:
+    """The tables that get a colour: those that take most time and most memory in turn, by time."""
+    by_time, by_memory = (sorted(found, key=lambda name: -found[name]) for found in (times, memory))
+    in_turn = dict.fromkeys(name for pair in zip(by_time, by_memory, strict=True) for name in pair)
+    return sorted(list(in_turn)[:COLOURS], key=lambda name: -times[name])
 
 
 def _stack(axes, heights: np.ndarray, floors: np.ndarray, colour, name: str) -> None:

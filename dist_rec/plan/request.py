@@ -9,15 +9,41 @@ from typing import Any
 from ..config import Config, TableConfig, TablesConfig, check_names, load_config
 from ..config.model import VOCABULARY_KEYS
 from ..data.index import FeatureStatistics, read_index
-from ..embeddings.clusters import number
-from ..embeddings.tables import table_specs
+from ..embeddings.quantities import number
+from ..embeddings.tables import TableSpec, table_specs
 from ..errors import UserError
 from ..schema import Schema, load_schema
 from ..training.setup import retry_of, used_features
 from ..training.workload import USUAL_TEXT_WIDTH, Workload, mean_lengths, mean_tokens, stored_width, text_shares
 
 LARGEST_TABLE = 2**62
+# Of all tables: sixteen times as much, states and gradients of copies included, must hold in 64 bits, signed.
+BYTES_POWER = 58
+# The planner lists all widths below a table's; a row's length times a batch's rows must hold too.
+MOST_COLUMNS, LONGEST_MEAN = 2**20, 10**6
 ROWS, MEAN_LENGTH = "rows", "mean_length"
+PRECISION_BYTES = {"fp32": 4, "fp16": 2}
+# Of one row's optimizer state, which is fp32.
+STATE_BYTES = {"sgd": lambda dim: 0, "adagrad": lambda dim: 4 * dim, "rowwise_adagrad": lambda dim: 4}
+
+
+def row_bytes(spec: TableSpec, optimizer: str) -> int:
+    """Weights and optimizer state of one row."""
+    return spec.dim * PRECISION_BYTES[spec.precision] + STATE_BYTES[optimizer](spec.dim)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a request was read from: the arguments of `read_request`."""
+
+    path: str | Path
+    overrides: dict[str, str]
+    schema_file: str | Path | None
+
+    def given(self, key: str) -> str | None:
+        """The override, `KEY=VALUE`, that sets what `key` sets."""
+        same = [f"{old}={value}" for old, value in self.overrides.items() if canonical(old) == canonical(key)]
+        return same[-1] if same else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +54,23 @@ class Request(Workload):
         statistics: of the index; None where there is none.
         rows: of the training data; None likewise.
         notes: what was assumed for want of data, a sentence each.
+        source: what it was read from.
     """
 
     statistics: dict[str, FeatureStatistics] | None
     rows: int | None
     notes: list[str]
+    source: Source
+
+    def with_settings(self, settings: dict[str, str]) -> Request:
+        """Read again with these `--set` in place of those of the same keys, as the user would.
+
+        Raises:
+            UserError: they cannot be.
+        """
+        new = {canonical(key) for key in settings}
+        kept = {key: value for key, value in self.source.overrides.items() if canonical(key) not in new}
+        return read_request(self.source.path, kept | settings, self.source.schema_file)
 
 
 @dataclass
@@ -48,9 +86,10 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
     """`["tables.item.rows=2e9"]` as `{"tables.item.rows": "2e9"}`.
 
     Raises:
-        UserError: one has no `=` or no dot.
+        UserError: one has no `=` or no dot, or two set the same key.
     """
-    parsed = {}
+    parsed: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or "." not in key:
@@ -58,8 +97,18 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
                 f"--set {setting!r}: write KEY=VALUE, as tables.item_id.rows=2e9, tables.item_id.sharding=row_wise, "
                 "features.history.mean_length=30 or data.batch_size=65536."
             )
-        parsed[key.strip()] = value.strip()
+        key = key.strip()
+        before = seen.setdefault(canonical(key), setting)
+        if before is not setting or key in parsed:
+            raise UserError(f"--set {canonical(key)} is given twice, as {before} and as {setting}: keep one of them.")
+        parsed[key] = value.strip()
     return parsed
+
+
+def canonical(key: str) -> str:
+    """`tables.overrides.TABLE.KEY` as `tables.TABLE.KEY`, any other key as it is."""
+    parts = key.split(".")
+    return ".".join(["tables", *parts[2:]]) if parts[:2] == ["tables", "overrides"] and len(parts) == 4 else key
 
 
 def read_request(path: str | Path, overrides: dict[str, str], schema_file: str | Path | None = None) -> Request:
@@ -97,8 +146,7 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
     if schema_file is not None:
         _give_sizes(schema, config, settings.rows)
     features = used_features(schema, config)
-    # A what-if of rows is of the vocabulary: a table that has its own rows keeps them.
-    own = {name for name, override in config.tables.overrides.items() if has_rows(override)}
+    own = _own_rows(config, settings, notes)
     specs = [
         replace(s, rows=s.rows if s.name in own else settings.rows.get(s.name, s.rows))
         for s in table_specs(schema, config.tables, features)
@@ -106,6 +154,7 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
     unused = set(settings.rows) - {s.name for s in specs}
     if unused:
         raise UserError(f"--set tables.{min(unused)}.rows: this config's model does not read that table.")
+    _check_sizes(specs, config, schema, settings.lengths)
     lengths = mean_lengths(schema, features, statistics) | settings.lengths
     texts = text_shares(schema, features, statistics)
     return Request(
@@ -120,7 +169,58 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
         texts=texts,
         tokens=mean_tokens(texts, lengths, tokens.max_length if tokens else None),
         notes=notes,
+        source=Source(path, dict(overrides), schema_file),
     )
+
+
+def _own_rows(config: Config, settings: _Settings, notes: list[str]) -> set[str]:
+    """Tables whose rows the config gives.
+
+    A what-if of rows is of the vocabulary. Beside a `hash` or `managed` that is asked for with it, it says of how many
+    ids there are, and the table has the rows of those.
+
+    Raises:
+        UserError: the config has its own already, so that the what-if would change nothing.
+    """
+    own = {}
+    for name, override in config.tables.overrides.items():
+        for key in VOCABULARY_KEYS:
+            if getattr(override, key) is not None:
+                own[name] = key
+    asked = {canonical(key) for key in settings.config}
+    for name in settings.rows.keys() & own.keys():
+        key = own[name]
+        if key == "size" or f"tables.{name}.{key}" not in asked:
+            rows = settings.rows[name]
+            raise UserError(
+                f"--set tables.{name}.{ROWS}={rows}: the config gives this table rows of its own by {key}, whatever "
+                f"its vocabulary has: --set tables.{name}.{key}={rows} instead."
+            )
+        notes.append(f"{name}: its vocabulary has {settings.rows[name]:,} ids, and the table the rows of {key}.")
+    return set(own)
+
+
+def _check_sizes(specs: list[TableSpec], config: Config, schema: Schema, lengths: dict[str, float]) -> None:
+    """Refuse what no machine has and 64 bits do not count, and lists longer than they can be."""
+    wide = [spec for spec in specs if spec.dim > MOST_COLUMNS]
+    if wide:
+        raise UserError(
+            f"{wide[0].name}: {wide[0].dim:,} columns are more than {MOST_COLUMNS:,}: give it a smaller dim."
+        )
+    sizes = {spec.name: spec.rows * row_bytes(spec, config.tables.optimizer) for spec in specs}
+    if sum(sizes.values()) >= 2**BYTES_POWER:
+        name = max(sizes, key=sizes.__getitem__)
+        raise UserError(
+            f"the tables take {sum(sizes.values()):.3g} bytes, {name} the most ({sizes[name]:.3g}), and what can be "
+            f"planned is below 2**{BYTES_POWER}: give it fewer rows or a smaller dim."
+        )
+    for name, mean in lengths.items():
+        feature = schema.features[name]
+        most = {"id": 1, "ids": feature.max_length, "texts": feature.max_length}.get(feature.kind) or LONGEST_MEAN
+        if mean > most:
+            why = f"its lists have at most {most:,} (max_length)" if feature.kind in ("ids", "texts") else ""
+            why = why or ("a row has one at most" if feature.kind == "id" else f"{LONGEST_MEAN:,} is the most")
+            raise UserError(f"--set features.{name}.{MEAN_LENGTH}={mean:g}: {why}.")
 
 
 def _sort(overrides: dict[str, str]) -> _Settings:

@@ -11,9 +11,8 @@ from ..data.index import Frequency
 from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from .answer import GIB
-from .request import Request
+from .request import Request, row_bytes
 from .text import console, say, table_of
-from .ways_out import row_bytes
 
 # Of all occurrences, what a managed table's rows should hold by themselves.
 COVERED = "99"

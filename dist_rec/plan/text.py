@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .answer import GIB, Answer
+from .answer import GIB, Answer, Refused
 from .explain import explain, named
 from .ways_out import failure_in_words
 
@@ -47,12 +47,12 @@ def print_answer(answer: Answer, every_table: bool = False) -> None:
 
 def _print_failure(out: Console, answer: Answer) -> None:
     say(out, f"[bold red]Does not fit.[/] {escape(failure_in_words(answer))}")
-    if not answer.ways:
-        say(out, "No single change of dims, ranks, cut, precision, kernel or rows was found that makes it fit.")
-        return
-    say(out, "Ways out, each planned and fitting by itself:")
+    if answer.ways:
+        say(out, "Ways out, each planned and fitting by itself:")
     for way in answer.ways:
         say(out, f"  - {escape(str(way))}")
+    if answer.tried:
+        say(out, f"Tried, and does not make it fit: {escape('; '.join(answer.tried))}.")
 
 
 def say(out: Console, text: str) -> None:
@@ -191,15 +191,19 @@ def _print_step(out: Console, answer: Answer) -> None:
         say(out, f"  - {escape(assumption)}")
 
 
-def print_side_by_side(answers: list[Answer]) -> None:
+def print_side_by_side(several: list[Answer | Refused]) -> None:
     """Several clusters, a row each; then, of those where it does not fit, why and what to do."""
     out = console()
+    answers = [one for one in several if isinstance(one, Answer)]
     table = table_of(
         "the same tables on several clusters",
         "cluster", "ranks", "rows a rank", "fits", "fullest GiB", "of", "slowest rank", "imbalance", "tables ms",
         "step ms", "rows/s",
     )  # fmt: skip
-    for answer in answers:
+    for answer in several:
+        if isinstance(answer, Refused):
+            table.add_row(escape(answer.name), "-", "-", "[red]cannot[/]", *["-"] * 7)
+            continue
         name, ranks = escape(answer.cluster.name), str(answer.cluster.ranks)
         of = f"{answer.capacity / GIB:.1f}"
         if answer.planned is None:
@@ -217,8 +221,10 @@ def print_side_by_side(answers: list[Answer]) -> None:
         cuts.add_row(escape(name), *(named(a.planned.chosen[name]) if a.planned is not None else "-" for a in answers))
     if fitting:
         out.print(cuts)
-    for answer in answers:
-        if answer.planned is None:
+    for answer in several:
+        if isinstance(answer, Refused):
+            say(out, f"[bold]{escape(answer.name)}[/] cannot: {escape(answer.why)}")
+        elif answer.planned is None:
             out.print(f"[bold]{escape(answer.cluster.name)}[/]", highlight=False)
             _print_failure(out, answer)
     said = list(dict.fromkeys(a for answer in answers for a in answer.assumptions()))

@@ -21,10 +21,13 @@ from rich.markup import escape
 from ..config import save_config
 from ..embeddings.description import describe_plan
 from ..embeddings.planner import DoesNotFit
-from ..embeddings.tables import SEQUENCE_SHARDING_TYPES
+from ..embeddings.tables import SEQUENCE_SHARDING_TYPES, table_specs
 from ..errors import UserError
 from ..training.planning import plan_tables
+from ..training.setup import prepare
+from ..training.workload import mean_lengths
 from .answer import Answer, latency_ms
+from .measure import FAULT
 from .text import console, say, table_of
 
 ALTERNATIVES = ("table_wise", "row_wise", "column_wise", "data_parallel")
@@ -45,10 +48,13 @@ def verify(answer: Answer) -> dict[str, Any]:
         `step_ms` estimated and measured of whole steps under the plan.
 
     Raises:
-        UserError: the ranks failed, or the request is of tables that the data set has not.
+        UserError: a run of this config could not start, the ranks failed, or the request is of tables or lists that
+            the data set has not.
     """
     if answer.request.rows is None or _is_what_if(answer):
         raise UserError("--verify trains on the data set: leave --set tables.TABLE.rows and mean_length out.")
+    config = answer.request.config
+    prepare(replace(config, tables=replace(config.tables, plan=None)), answer.cluster.ranks)
     plans = {PLANNED: answer.planned}
     for sharding in ALTERNATIVES:
         planned = _forced(answer, sharding)
@@ -78,10 +84,10 @@ def verify(answer: Answer) -> dict[str, Any]:
 
 def _is_what_if(answer: Answer) -> bool:
     """Whether the request differs from what training would build."""
-    from ..embeddings.tables import table_specs
-
     request = answer.request
-    return request.specs != table_specs(request.schema, request.config.tables, request.features)
+    return request.specs != table_specs(
+        request.schema, request.config.tables, request.features
+    ) or request.lengths != mean_lengths(request.schema, request.features, request.statistics)
 
 
 def _forced(answer: Answer, sharding: str):
@@ -139,15 +145,15 @@ def _measure(answer: Answer, plans: dict[str, Any]) -> dict[str, Any]:
                 process.wait(60)
         result = folder / "measured.json"
         if not result.exists():
-            raise UserError(f"--verify: the ranks failed:\n{_told(errors)}")
+            raise UserError(f"--verify: the ranks failed: {fault_of(errors)}")
         return json.loads(result.read_text())
 
 
-def _told(errors: str) -> str:
-    """The last of what the ranks said, without torchrun's own report."""
-    lines = [line for line in errors.splitlines() if line.strip()]
-    fault = next((i for i, line in enumerate(lines) if "Error:" in line), max(len(lines) - 5, 0))
-    return "\n".join(lines[fault : fault + 15])
+def fault_of(errors: str) -> str:
+    """Of what the ranks said, the first fault in words, without the way there."""
+    lines = [line.strip() for line in errors.splitlines()]
+    marked = [line.partition(FAULT)[2] for line in lines if FAULT in line]
+    return marked[0] if marked else "they ended without a word, as when memory runs out and the system ends them."
 
 
 def spearman(one: list[float], other: list[float]) -> float:

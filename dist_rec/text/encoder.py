@@ -13,16 +13,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .paths import resolve_model_folder
+from .paths import CONFIG_NAME, locate_folder, resolve_model_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -109,33 +111,14 @@ def load_text_encoder(spec: str | Path, dtype: torch.dtype = torch.float32) -> T
             a decoder's input, damaged weights, or weights that lack parameters of the model.
     """
     folder = resolve_model_folder(str(spec))
-    # Read once, when transformers is first imported; a local folder needs no hub anyway.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    config, options = _architecture(spec, folder)
     from safetensors import SafetensorError
-    from transformers import MODEL_MAPPING, AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(folder, **local)
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"language model {spec}: config.json is not usable: {error}") from None
-    if type(config) not in MODEL_MAPPING:
-        raise UserError(f"language model {spec}: transformers has no base model for type {config.model_type!r}.")
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"language model {spec}: type {config.model_type!r} is an encoder-decoder, which needs a second input. "
-            "Take an encoder (BERT, MPNet, ...) or a decoder (GPT, Llama, ...)."
-        )
-    if not hasattr(config, "hidden_size"):
-        raise UserError(f"language model {spec}: type {config.model_type!r} is no plain text model.")
-    architecture = MODEL_MAPPING[type(config)]
-    options = {"attn_implementation": "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"}
-    if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters:
-        options["add_pooling_layer"] = False
     try:
         with _quiet_transformers():
             model, report = AutoModel.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **local, **options
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_LOCAL, **options
             )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"language model {spec}: its weights cannot be loaded: {error}") from None
@@ -149,6 +132,57 @@ def load_text_encoder(spec: str | Path, dtype: torch.dtype = torch.float32) -> T
             "The files are of another model or incomplete: copy the folder again."
         )
     return TextEncoder(model).eval()
+
+
+def empty_text_encoder(spec: str | Path) -> TextEncoder:
+    """What `load_text_encoder` loads, without memory (on the meta device). Its config is all that is read.
+
+    Raises:
+        UserError: no such folder, or an architecture that `load_text_encoder` refuses.
+    """
+    folder = locate_folder(str(spec))
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"language model {spec}: {folder / CONFIG_NAME} is missing.")
+    config, options = _architecture(spec, folder)
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            return TextEncoder(AutoModel.from_config(config, trust_remote_code=False, **options)).eval()
+    except (ValueError, OSError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(f"language model {spec}: its config.json is of no model that can be built: {error}") from None
+
+
+def _architecture(spec: str | Path, folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The model's config, and with which options the model is made of it.
+
+    Raises:
+        UserError: an architecture that transformers does not know or that needs a decoder's input.
+    """
+    # Read once, when transformers is first imported; a local folder needs no hub anyway.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"language model {spec}: config.json is not usable: {error}") from None
+    if type(config) not in MODEL_MAPPING:
+        raise UserError(f"language model {spec}: transformers has no base model for type {config.model_type!r}.")
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"language model {spec}: type {config.model_type!r} is an encoder-decoder, which needs a second input. "
+            "Take an encoder (BERT, MPNet, ...) or a decoder (GPT, Llama, ...)."
+        )
+    if not hasattr(config, "hidden_size"):
+        raise UserError(f"language model {spec}: type {config.model_type!r} is no plain text model.")
+    architecture = MODEL_MAPPING[type(config)]
+    options: dict[str, Any] = {
+        "attn_implementation": "sdpa" if getattr(architecture, "_supports_sdpa", False) else "eager"
+    }
+    if "add_pooling_layer" in inspect.signature(architecture.__init__).parameters:
+        options["add_pooling_layer"] = False
+    return config, options
 
 
 @contextmanager

@@ -6,7 +6,6 @@ often a row uses them. Knows no tables.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,8 @@ from torch import nn
 from ..config import DenseConfig
 from ..embeddings.clusters import Cluster
 from ..embeddings.planner import Reserved
-from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..models.foundation import FoundationModel
-from ..text.paths import CONFIG_NAME, locate_folder
 from .engine import LANGUAGE_MODEL, engine_config
 from .workload import Workload
 
@@ -75,6 +72,11 @@ class Dense:
     @property
     def trained(self) -> int:
         return sum(part.trained for part in self.parts)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """ZeRO stages that the config takes beside this precision."""
+        return STAGES if self.precision == "fp32" else STAGES[1:]
 
     def state_bytes(self, part: Part, stage: int, ranks: int) -> int:
         """Parameters, gradients and optimizer state of a part on one rank, as DeepSpeed lays them out.
@@ -133,7 +135,7 @@ class Dense:
     def describe(self, cluster: Cluster, rows: int) -> dict[str, Any]:
         """Parameters, and bytes of one rank under each stage, ready for JSON."""
         stages = {}
-        for stage in STAGES:
+        for stage in self.stages:
             states = {"towers": self.state_bytes(self.towers, stage, cluster.ranks)}
             if self.language_model:
                 states["language_model"] = self.state_bytes(self.language_model, stage, cluster.ranks)
@@ -164,7 +166,9 @@ def count_dense(workload: Workload) -> Dense:
     config = workload.config
     encoder, width = None, workload.text_width
     if config.text.mode == "full":
-        encoder = _language_model(config.text.model)
+        from ..text.encoder import empty_text_encoder
+
+        encoder = empty_text_encoder(config.text.model)
         width = encoder.width
     with torch.device("meta"):
         model = FoundationModel(
@@ -242,25 +246,3 @@ def _tokens_of(encoder: nn.Module, workload: Workload) -> Part:
         flops=flops,
         kept=tokens * layers * hidden * KEPT_OF_A_TOKEN / 2,
     )
-
-
-def _language_model(spec: str) -> nn.Module:
-    """The language model without weights: its config is all that is read.
-
-    Raises:
-        UserError: no such folder, or no plain text model.
-    """
-    folder = locate_folder(spec)
-    if not (folder / CONFIG_NAME).is_file():
-        raise UserError(f"language model {spec}: {folder / CONFIG_NAME} is missing.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoConfig, AutoModel
-
-    from ..text.encoder import TextEncoder
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return TextEncoder(AutoModel.from_config(config, trust_remote_code=False))
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"language model {spec}: its config.json is of no model that can be built: {error}") from None

@@ -39,6 +39,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def ranks_here(ranks: int) -> int:
+    """Ranks of this host as torchrun announced them, all `ranks` without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
 def choose_device(config: Config) -> torch.device:
     """The device that `train.device` asks for.
 

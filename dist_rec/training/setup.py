@@ -38,7 +38,7 @@ from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
 from .passes import FROM_THE_START, fingerprint
 from .planning import plan_here
-from .process import Process, choose_device, world_size
+from .process import Process, choose_device, ranks_here, world_size
 from .workload import Workload, mean_lengths, mean_tokens, text_shares
 
 
@@ -66,8 +66,11 @@ class Prepared:
             self.store = VectorStore.open(self.config.text.store)
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, ranks: int | None = None) -> Prepared:
     """Check everything that can be checked without other ranks.
+
+    Args:
+        ranks: of the run, where it is not this process's.
 
     Raises:
         UserError: every fault found, one a line.
@@ -81,13 +84,13 @@ def prepare(config: Config) -> Prepared:
             faults.append(str(error))
             return None
 
-    data = config.data
+    data, ranks = config.data, ranks or world_size()
     roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
     indexes = {split: attempt(read_index, root, retry_of(data)) for split, root in roots.items() if root is not None}
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
-    if data.streams < world_size():
+    if data.streams < ranks:
         faults.append(
-            f"data.streams is {data.streams}, but there are {world_size()} ranks: raise it, and data.batch_size to a "
+            f"data.streams is {data.streams}, but there are {ranks} ranks: raise it, and data.batch_size to a "
             "multiple of it"
         )
     train = indexes.get("train")
@@ -97,10 +100,10 @@ def prepare(config: Config) -> Prepared:
         faults += _data_faults(config, indexes)
         features = used_features(schema, config)
         specs = attempt(table_specs, schema, config.tables, features)
-        managed = [fault_of_rows(spec.name, spec.rows, world_size()) for spec in specs or [] if spec.managed]
+        managed = [fault_of_rows(spec.name, spec.rows, ranks) for spec in specs or [] if spec.managed]
         faults += filter(None, managed)
         if specs is not None and config.tables.plan is not None:
-            attempt(check_plan, config.tables.plan, specs, config.tables, world_size())
+            attempt(check_plan, config.tables.plan, specs, config.tables, ranks, ranks_here(ranks))
         if specs is not None and (device := attempt(choose_device, config)) is not None:
             attempt(check_kernels, specs, device.type)
         if store is not None:

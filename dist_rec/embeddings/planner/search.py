@@ -26,11 +26,13 @@ SHARES = (1.0, 0.5, 0.1, 0.0)
 # What memory counts against time, raised while nothing fits.
 MEMORY_PRICES = (0.0, 0.3, 3.0, 1e6)
 # How many packings are improved, until one is this near to the lower bound. The best of them is then shaken, so many
-# tables at once, and improved again, until so many placements have been tried in all.
+# tables at once, and improved again, until so many placements have been tried in all, or so many since the last gain:
+# the bound is loose where tables are few, and is then never reached.
 IMPROVED = 8
 NEAR = 1.0005
 SHAKEN = 2
 FEWEST_TRIALS, TRIALS_A_TABLE, MOST_TRIALS = 4_000, 300, 16_000
+PATIENCE = 2_000
 # Of a time: what is less is rounding.
 ROUNDING = 1e-9
 
@@ -208,11 +210,12 @@ class Search:
             if self._done(best):
                 break
         random = np.random.default_rng(0)
-        while not self._done(best):
+        gained = self._trials
+        while not self._done(best) and gained - self._trials < PATIENCE:
             other = self._shaken(best, random)
             self._improve(other)
             if other.ms < best.ms * (1 - ROUNDING):
-                best = other
+                best, gained = other, self._trials
         return self._loaded(best)
 
     def _done(self, packing: Packing) -> bool:
