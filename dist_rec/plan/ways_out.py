@@ -52,8 +52,10 @@ def ways_out(answer: Answer) -> tuple[list[WayOut], list[str]]:
     search = _Search(answer)
     dense = isinstance(answer.failure, TooDense)
     ways, tried = [], []
-    for number, tries in enumerate((search.of_dense(), search.pairs_of_dense()) if dense else
-                                   (search.of_tables(), search.pairs_of_tables())):  # fmt: skip
+    singles, pairs = search.of_tables(), search.pairs_of_tables()
+    if dense:
+        singles, pairs = search.of_dense(), search.pairs_of_dense()
+    for number, tries in enumerate((singles, pairs)):
         for what, attempt in tries:
             if number and len(ways) >= ENOUGH:
                 break

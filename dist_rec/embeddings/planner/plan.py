@@ -69,8 +69,8 @@ class DoesNotFit(UserError):
         self.needed, self.available = int(needs[which, 0]), int(left[which, self.rank])
         self.excess = self.needed - self.available
         room = int(full.ranks.capacity[which, 0])
-        least = sorted(((min(o.total_bytes for o in several), s) for several, s in zip(options, specs, strict=True)),
-                       key=lambda pair: -pair[0])  # fmt: skip
+        taken = [(min(o.total_bytes for o in several), spec) for several, spec in zip(options, specs, strict=True)]
+        least = sorted(taken, key=lambda pair: -pair[0])
         rows = "\n".join(
             f"  - {s.name}: {s.rows:,} x {s.dim} {s.precision}, {bytes_ / GIB:.3f} GiB, sharding: {s.sharding}"
             for bytes_, s in least[:LISTED]
