@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,37 +146,27 @@ def _left_alone(weight: Tensor) -> None:
     """Instead of TorchRec's start, which would fill every table once more than needed."""
 
 
+def _common(spec: TableSpec) -> dict[str, Any]:
+    """What a table's config says in either kind of collection."""
+    return {
+        "name": spec.name,
+        "num_embeddings": spec.rows,
+        "embedding_dim": spec.dim,
+        "feature_names": list(spec.features),
+        "data_type": DATA_TYPES[spec.precision],
+        "init_fn": _left_alone,
+    }
+
+
 def _bag_collection(specs: list[TableSpec], device: torch.device) -> EmbeddingBagCollection:
-    configs = [
-        EmbeddingBagConfig(
-            name=s.name,
-            num_embeddings=s.rows,
-            embedding_dim=s.dim,
-            feature_names=list(s.features),
-            data_type=DATA_TYPES[s.precision],
-            init_fn=_left_alone,
-            # TorchRec's own mean divides by other features' lengths when one collection has
-            # row-wise and table-wise tables: sum here, divide in `EmbeddingTables.vectors`.
-            pooling=PoolingType.SUM,
-        )
-        for s in specs
-    ]
+    # TorchRec's own mean divides by other features' lengths when one collection has row-wise and
+    # table-wise tables: sum here, divide in `EmbeddingTables.vectors`.
+    configs = [EmbeddingBagConfig(**_common(s), pooling=PoolingType.SUM) for s in specs]
     return EmbeddingBagCollection(tables=configs, device=device)
 
 
 def _sequence_collection(specs: list[TableSpec], device: torch.device) -> EmbeddingCollection:
-    configs = [
-        EmbeddingConfig(
-            name=s.name,
-            num_embeddings=s.rows,
-            embedding_dim=s.dim,
-            feature_names=list(s.features),
-            data_type=DATA_TYPES[s.precision],
-            init_fn=_left_alone,
-        )
-        for s in specs
-    ]
-    return EmbeddingCollection(tables=configs, device=device)
+    return EmbeddingCollection(tables=[EmbeddingConfig(**_common(s)) for s in specs], device=device)
 
 
 def _by_width(specs: list[TableSpec], device: torch.device) -> dict[str, EmbeddingCollection]:
