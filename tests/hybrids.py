@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from dist_rec.embeddings.description import describe_plan
-from dist_rec.training.collectives import DistributedReduction
-from dist_rec.training.engine import make_engine
 from dist_rec.training.hybrid import Hybrid
-from dist_rec.training.setup import build_model, build_tables, build_training_stream
+from dist_rec.training.setup import build_engine, build_tables, build_training_stream
 
 
 def make_hybrid(prepared, process, planned=None):
     """A fresh hybrid with its stream and plan; with the described plan, if given."""
-    config = prepared.config
     stream = build_training_stream(prepared, process.rank, process.world_size)
     tables, sharded, plan = build_tables(prepared, process, planned)
-    engine = make_engine(
-        build_model(prepared, DistributedReduction()),
-        config.dense,
-        config.text,
-        stream.batch_rows,
-        process.world_size,
-        process.device,
-    )
+    engine = build_engine(prepared, process, stream.batch_rows)
     return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0), describe_plan(plan)

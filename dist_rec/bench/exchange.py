@@ -11,9 +11,8 @@ not among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from io import StringIO
 from itertools import islice
 from statistics import fmean, median
 from typing import Any
@@ -29,11 +28,9 @@ from torchrec.distributed import comm_ops, dist_data
 
 from ..config import Config
 from ..errors import UserError
-from ..training.collectives import DistributedReduction
-from ..training.engine import make_engine
 from ..training.hybrid import Hybrid, learning_rate_factor
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_model, build_stream, build_tables, build_training_stream, prepare
+from ..training.setup import Prepared, build_engine, build_stream, build_tables, build_training_stream, prepare
 from ..training.trainer import seed_step
 from .clock import together
 
@@ -194,15 +191,7 @@ def _begin(
     tables_config = replace(config.tables, wire=wire, deduplicate=deduplicate)
     prepared = replace(prepared, config=replace(config, tables=tables_config))
     tables, sharded, _ = build_tables(prepared, process)
-    with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
-        engine = make_engine(
-            build_model(prepared, DistributedReduction()),
-            config.dense,
-            config.text,
-            batch_rows,
-            process.world_size,
-            process.device,
-        )
+    engine = build_engine(prepared, process, batch_rows)
     hybrid = Hybrid(tables, sharded, engine, process.device, lambda s: learning_rate_factor(config.dense, s, steps))
     return _Case(wire, deduplicate, hybrid, iter(batches))
 

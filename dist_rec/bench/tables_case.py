@@ -10,9 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,11 +25,9 @@ from ..errors import UserError
 from ..strict import to_dict
 from ..training import checkpoint
 from ..training.checkpoint.tables import local_shards
-from ..training.collectives import DistributedReduction
-from ..training.engine import make_engine
 from ..training.hybrid import Hybrid
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_model, build_tables, build_training_stream, prepare
+from ..training.setup import Prepared, build_engine, build_tables, build_training_stream, prepare
 from .clock import together
 from .tables import DRAWS, WARM_UP_STEPS
 
@@ -56,15 +52,7 @@ def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
     began = together()
     tables, sharded, plan = build_tables(first, process)
     result["init_s"] = round(together() - began, 2)
-    with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
-        engine = make_engine(
-            build_model(first, DistributedReduction()),
-            config.dense,
-            config.text,
-            batch_rows,
-            process.world_size,
-            process.device,
-        )
+    engine = build_engine(first, process, batch_rows)
     hybrid = Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
     ends["init"] = time.time()
 

@@ -11,8 +11,6 @@ import json
 import os
 import sys
 import time
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,11 +24,9 @@ from ..config import Config, load_config
 from ..data.stream import Stream
 from ..embeddings.sharding import local_parts, table_weights
 from ..errors import UserError
-from ..training.collectives import DistributedReduction
-from ..training.engine import make_engine
 from ..training.hybrid import Hybrid
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_model, build_tables, build_training_stream, prepare
+from ..training.setup import Prepared, build_engine, build_tables, build_training_stream, prepare
 
 WARM_UP = 2
 # Before what a rank that fails says on stderr, a line without its traceback.
@@ -107,10 +103,7 @@ def _local_bytes(tensor: ShardedTensor | Tensor) -> int:
 
 def _whole_steps(prepared: Prepared, process: Process, stream: Stream, tables, sharded, steps: int) -> float:
     """Median seconds of training steps, reading included."""
-    config = prepared.config
-    model = build_model(prepared, DistributedReduction())
-    with redirect_stdout(StringIO()):
-        engine = make_engine(model, config.dense, config.text, stream.batch_rows, process.world_size, process.device)
+    engine = build_engine(prepared, process, stream.batch_rows)
     hybrid = Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
     batches, seconds = stream.batches(0), []
     for number in range(min(WARM_UP + steps, stream.steps)):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -86,10 +88,11 @@ def make_engine(
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    engine, _, _, _ = deepspeed.initialize(
-        model=model,
-        model_parameters=parameter_groups(model, dense, text),
-        config=engine_config(dense, batch_rows, world_size),
-    )
+    with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model, dense, text),
+            config=engine_config(dense, batch_rows, world_size),
+        )
     return engine

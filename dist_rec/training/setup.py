@@ -36,6 +36,8 @@ from ..models.foundation import FoundationModel
 from ..schema import Schema
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
+from .collectives import DistributedReduction
+from .engine import make_engine
 from .passes import FROM_THE_START, fingerprint
 from .planning import plan_here
 from .process import Process, choose_device, ranks_here, world_size
@@ -309,6 +311,12 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
     return FoundationModel(
         prepared.schema, config.model, _dims(prepared.specs), width, encoder, prepared.features, reduction
     )
+
+
+def build_engine(prepared: Prepared, process: Process, batch_rows: int):
+    """The dense model in its DeepSpeed engine, for `batch_rows` rows of a rank. Collective."""
+    config, model = prepared.config, build_model(prepared, DistributedReduction())
+    return make_engine(model, config.dense, config.text, batch_rows, process.world_size, process.device)
 
 
 def build_tables(

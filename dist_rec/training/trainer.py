@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
-from io import StringIO
 from typing import Any
 
 import torch
@@ -18,15 +16,13 @@ from ..strict import to_dict
 from . import checkpoint
 from .agreement import Agreement
 from .checkpoint import Saved
-from .collectives import DistributedReduction
-from .engine import make_engine
 from .evaluation import evaluate, read_evaluation
 from .hybrid import Hybrid, learning_rate_factor
 from .passes import Pass, Passes
 from .process import Process
 from .resume import State, plan_to_keep, state_of
 from .row_record import NoRecord, RowRecord
-from .setup import Prepared, agree_on_index, build_model, build_stream, build_tables, build_training_stream
+from .setup import Prepared, agree_on_index, build_engine, build_stream, build_tables, build_training_stream
 from .summary import Account
 from .tracking import NoTracker, Stopwatch
 
@@ -54,15 +50,13 @@ class Trainer:
         batch_rows = self.passes.stream.batch_rows
         tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
-        model = build_model(prepared, DistributedReduction())
-        with redirect_stdout(StringIO()):  # DeepSpeed prints which op it built
-            self.engine = make_engine(model, config.dense, config.text, batch_rows, process.world_size, process.device)
+        self.engine = build_engine(prepared, process, batch_rows)
         self.hybrid = Hybrid(tables, sharded, self.engine, process.device, self._learning_rate_factor, self.step)
         self.converted = []
         if earlier:
             self.converted = checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
-        self.tasks = {task: spec.label for task, spec in model.tasks.items()}
+        self.tasks = {task: spec.label for task, spec in self.engine.module.tasks.items()}
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}
         self.lost_block_rows = 0
