@@ -77,7 +77,7 @@ def test_filling_saving_and_loading_take_no_second_copy(tmp_path):
     assert case["rows"] == ROWS and case["gib"] == round(ROWS * (4 * bench.DIM + 4) / 2**30, 3)
     assert case["bitwise_equal"] and case["rows_per_s"] > 0 and case["rows_per_s_zipf"] > 0
     peaks = case["peak_gib"]
-    assert peaks["train"] > case["gib"]
+    assert peaks["train"] > case["gib"], peaks
     for phase in ("init", "save", "load"):
         assert peaks[phase] < peaks["train"] + 0.5 * case["gib"], peaks
 

@@ -216,9 +216,8 @@ def resident(pid: int) -> int:
     """Bytes of memory that a process and its descendants take together: the sum of their PSS."""
     total = 0
     for process in family(pid):
-        with suppress(OSError, psutil.Error):
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            total += sum(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith("Pss:"))
+        with suppress(psutil.Error):
+            total += process.memory_full_info().pss
     return total
 
 
@@ -246,12 +245,12 @@ class Watch(threading.Thread):
     def peak(self) -> int:
         return max(bytes_ for _, bytes_ in self.seen)
 
-    def peaks(self, ends: list[float]) -> list[int]:
-        """Bytes of the largest look in each of the phases that end at `ends`, 0 where none fell into one."""
-        starts = [0.0, *ends[:-1]]
+    def peaks(self, ends: list[tuple[float, int]]) -> list[int]:
+        """Bytes of the largest look in each phase, whose own end (when, bytes held) counts as one."""
+        starts = [0.0, *(at for at, _ in ends[:-1])]
         return [
-            max((b for at, b in self.seen if start < at <= end), default=0)
-            for start, end in zip(starts, ends, strict=True)
+            max([held, *(b for at, b in self.seen if start < at <= end)])
+            for start, (end, held) in zip(starts, ends, strict=True)
         ]
 
 

@@ -8,6 +8,7 @@ CASE holds config.yaml; rank 0 leaves result.json there. Built of the parts that
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -29,7 +30,7 @@ from ..training.hybrid import Hybrid
 from ..training.process import Process, choose_device, process_group, quieten
 from ..training.setup import Prepared, build_engine, build_tables, build_training_stream, prepare
 from .clock import together
-from .tables import DRAWS, WARM_UP_STEPS
+from .tables import DRAWS, WARM_UP_STEPS, resident
 
 
 def main() -> None:
@@ -43,9 +44,9 @@ def main() -> None:
 
 
 def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
-    """Measure one case. Collective; `ends` are the seconds since 1970 at which each phase was done."""
+    """Measure one case. Collective; `ends` has of each phase when it was done [s since 1970] and the bytes held then."""
     prepared = {draw: prepare(replace(config, data=replace(config.data, domains=[draw]))) for draw in DRAWS}
-    ends: dict[str, float] = {}
+    ends: dict[str, tuple[float, int]] = {}
     result: dict[str, Any] = {"ends": ends}
     first = prepared[DRAWS[0]]
     batch_rows = config.data.batch_size // process.world_size
@@ -54,14 +55,14 @@ def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
     result["init_s"] = round(together() - began, 2)
     engine = build_engine(first, process, batch_rows)
     hybrid = Hybrid(tables, sharded, engine, process.device, lambda step: 1.0)
-    ends["init"] = time.time()
+    ends["init"] = _held(process)
 
     for draw in DRAWS:
         seconds = _step_seconds(hybrid, prepared[draw], process, steps)
         name = "" if draw == DRAWS[0] else f"_{draw}"
         result[f"rows_per_s{name}"] = round(config.data.batch_size / seconds)
         result[f"step_ms{name}"] = round(seconds * 1e3, 2)
-    ends["train"] = time.time()
+    ends["train"] = _held(process)
 
     writer = checkpoint.Writer(config.run_folder / "checkpoints", config.checkpoint)
     held = _checksums(sharded)
@@ -70,7 +71,7 @@ def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
     writer.save(step, sharded, engine, state={}, config=to_dict(config), plan=describe_plan(plan))
     writer.wait()
     result["save_s"] = round(together() - began, 2)
-    ends["save"] = time.time()
+    ends["save"] = _held(process)
 
     for shard in local_shards(sharded):
         for tensor in shard.tensors.values():
@@ -85,8 +86,15 @@ def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
     differ = torch.tensor(int(_checksums(sharded) != held))
     dist.all_reduce(differ)
     result["bitwise_equal"] = not differ
-    ends["load"] = time.time()
+    ends["load"] = _held(process)
     return result
+
+
+def _held(process: Process) -> tuple[float, int]:
+    """The time and the bytes of the job, all ranks being at the same place; only the main rank looks."""
+    together()
+    held = resident(os.getppid()) if process.is_main else 0
+    return time.time(), held
 
 
 def _step_seconds(hybrid: Hybrid, prepared: Prepared, process: Process, steps: int) -> float:
