@@ -213,11 +213,17 @@ def family(pid: int) -> Iterator[psutil.Process]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process and its descendants take together: the sum of their PSS."""
+    """Bytes of memory that a process and its descendants take together: the sum of their PSS.
+
+    A process that keeps its page tables to itself counts with its RSS, which is no smaller.
+    """
     total = 0
     for process in family(pid):
-        with suppress(psutil.Error):
-            total += process.memory_full_info().pss
+        with suppress(psutil.NoSuchProcess):
+            try:
+                total += process.memory_full_info().pss
+            except psutil.AccessDenied:
+                total += process.memory_info().rss
     return total
 
 

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def run_case(config: Config, process: Process, steps: int) -> dict[str, Any]:
-    """Measure one case. Collective; `ends` has of each phase when it was done [s since 1970] and the bytes held then."""
+    """Measure one case. Collective; `ends` has the end of each phase: seconds since 1970, and the bytes held."""
     prepared = {draw: prepare(replace(config, data=replace(config.data, domains=[draw]))) for draw in DRAWS}
     ends: dict[str, tuple[float, int]] = {}
     result: dict[str, Any] = {"ends": ends}
