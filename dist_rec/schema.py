@@ -35,10 +35,14 @@ class Vocabulary:
     * `raw`: the value is a 64-bit id and no row: a config's `tables.overrides` says how ids find rows, so values that
       did not exist yesterday need nothing new. Whole numbers 0 .. `RAW_IDS` - 1 are themselves, any other value its
       stable hash to that range. It has no size.
+
+    `inherited` is filled in by the builder where a data set extends others: the sizes that a dictionary had in them,
+    the oldest first. Rows from one size up to the next live in an embedding table of their own.
     """
 
     kind: Literal["dictionary", "hash", "integer", "raw"] = "dictionary"
     size: int = Field(default=0, ge=0)
+    inherited: list[int] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _size_is_given(self):
@@ -46,6 +50,11 @@ class Vocabulary:
             raise ValueError(f"a vocabulary of kind '{self.kind}' needs size: <number of rows>")
         if self.kind == "raw" and self.size:
             raise ValueError("a vocabulary of kind 'raw' has no size: a config's tables.overrides gives its table rows")
+        sizes = [0, *self.inherited, self.size]
+        if self.inherited and (
+            self.kind != "dictionary" or sorted(set(sizes[:-1])) != sizes[:-1] or sizes[-2] > sizes[-1]
+        ):
+            raise ValueError(f"inherited must be ascending sizes of a dictionary, none above {self.size}")
         return self
 
 

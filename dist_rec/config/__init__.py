@@ -17,10 +17,12 @@ from ..errors import UserError, nearest
 from ..files import write_text
 from ..strict import from_dict, parse_yaml, read_yaml, strict, to_dict
 from .data import DataConfig, check_multiple
+from .finetune import FinetuneConfig
 from .model import (
     AdaptationConfig,
     BodyConfig,
     HistoryConfig,
+    LoraConfig,
     ModelConfig,
     RegulariserConfig,
     TableConfig,
@@ -38,7 +40,9 @@ __all__ = [
     "DataConfig",
     "DenseConfig",
     "EvaluateConfig",
+    "FinetuneConfig",
     "HistoryConfig",
+    "LoraConfig",
     "ModelConfig",
     "RegulariserConfig",
     "RunConfig",
@@ -68,6 +72,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     @field_validator("evaluate")
     @classmethod

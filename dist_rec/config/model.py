@@ -109,28 +109,60 @@ class TablesConfig:
 
 
 @strict
+class LoraConfig:
+    """Low-rank adapters of the language model (Hu et al., ICLR'22), by peft.
+
+    * `rank`, `alpha`: r and alpha of W + (alpha / r) B A.
+    * `dropout`: on the adapters' input.
+    * `targets`: endings of the names of the linear layers that get one; empty takes all of them.
+    """
+
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = field(default_factory=list)
+
+
+@strict
 class TextConfig:
     """Where text vectors come from.
 
     * `mode`: `none` leaves text out; `frozen` reads vectors that `dist-rec embed` wrote to
-      `store`; `full` co-trains the language model inside the DeepSpeed engine.
-    * `model`: folder of a Hugging Face model, or `package:<python package>/<folder>`.
+      `store`; `full` co-trains the language model inside the DeepSpeed engine, `lora` only adapters of it.
+    * `model`: folder of a Hugging Face model, `package:<python package>/<folder>`, or `hub:<name>`.
     * `store`: folder of the vector store (frozen).
-    * `learning_rate`: of the language model's parameters (full).
+    * `pooling`: how a text's token vectors become one; `auto` is what the model was made with, or, where it does not
+      say, the last token of a decoder and the mean of an encoder.
+    * `missing`: what becomes of a text that the store lacks (frozen): `refuse` ends the run, `encode` runs the model.
+    * `learning_rate`: of the language model's parameters (full, lora).
+    * `freeze_layers`: how many bottom layers stay as they are, with the token embeddings; 0 trains all (full, lora).
+    * `checkpointing`: compute activations again in backward instead of keeping them (full, lora).
+    * `batch_tokens`: tokens, padding included, that go through the model at once; 0 takes what suits the device.
     """
 
-    mode: Literal["none", "frozen", "full"] = "none"
+    mode: Literal["none", "frozen", "lora", "full"] = "none"
     model: str | None = None
     store: str | None = None
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    missing: Literal["refuse", "encode"] = "refuse"
     learning_rate: float = Field(default=2e-5, ge=0)
+    freeze_layers: int = Field(default=0, ge=0)
+    checkpointing: bool = False
+    batch_tokens: int = Field(default=0, ge=0)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     @model_validator(mode="after")
     def _complete(self):
         if self.mode == "frozen" and not self.store:
             raise ValueError("mode: frozen needs store: the folder that `dist-rec embed` wrote")
-        if self.mode == "full" and not self.model:
-            raise ValueError("mode: full needs model: a Hugging Face folder or package:<package>/<folder>")
+        if self.trains and not self.model:
+            raise ValueError(f"mode: {self.mode} needs model: a Hugging Face folder or package:<package>/<folder>")
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the language model is part of the DeepSpeed engine."""
+        return self.mode in ("lora", "full")
 
 
 @strict

@@ -7,7 +7,7 @@ is no data set: it is written last, and renamed into place. Knows files, not ten
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -73,11 +73,16 @@ class ShardInfo:
 
 @strict
 class TokenizerInfo:
-    """Whose token ids the blocks carry. `fingerprint` is the SHA-256 of tokenizer.json."""
+    """Whose token ids the blocks carry. `fingerprint` is the SHA-256 of tokenizer.json.
+
+    `prefixes` stand before the texts of a role (`query`, `item`, `user`; a history's texts are items'), as texts and as
+    tokens: they are part of the texts.
+    """
 
     name: str
     fingerprint: str
     max_length: int = Field(ge=1)
+    prefixes: dict[str, str] = field(default_factory=dict)
 
 
 @strict
