@@ -58,12 +58,20 @@ def config_of(data, layout, text_model="", write="background"):
                 "overrides": overrides,
             },
             "model": {"width": 16, "history": {"dropout": 0.0, "feedforward": 16}},
-            "text": {"mode": "full", "model": text_model} if text_model else {},
+            "text": text_of(text_model),
             "dense": {"zero_stage": int(stage), "precision": precision, "optimizer": dense},
             "checkpoint": {"chunk_bytes": 1000, "write": write},
         },
         layout,
     )
+
+
+def text_of(text_model):
+    """`MODEL`, or `MODE+N@MODEL`: of mode full or lora, with N layers frozen."""
+    how, _, model = text_model.rpartition("@")
+    mode, _, layers = how.partition("+")
+    extra = {"freeze_layers": int(layers), "checkpointing": True, "batch_tokens": 60} if how else {}
+    return {"mode": mode or "full", "model": model} | extra if model else {}
 
 
 def train(stream, hybrid, first, steps):
@@ -84,7 +92,8 @@ def whole(hybrid):
     fused, replicated = hybrid.sharded.fused_optimizer, hybrid.sharded.replicated
     # One rank speaks for the tables that all hold.
     for name, parameter in replicated.parameters.items() if dist.get_rank() == 0 else ():
-        state = replicated.optimizer.state[parameter].get("sum")
+        stepped = replicated.optimizer.state if replicated.optimizer else {}
+        state = stepped.get(parameter, {}).get("sum")
         values = {name: parameter} | ({} if state is None else {f"{name}.momentum1": state})
         pieces += [(n, parameter.size(), ((0, 0), tuple(parameter.size())), value) for n, value in values.items()]
     for name, weight in table_weights(hybrid.sharded).items():

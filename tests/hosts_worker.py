@@ -33,7 +33,7 @@ def different_plans(prepared, process) -> None:
     cluster = cpus(process.world_size, 1)
     plan = make_plan(tables, prepared.specs, cluster, batch_size=8, pooling_factors={}).plan
     if process.is_main:
-        entry = plan.plan["bags"]["user_id"]
+        entry = plan.plan["trained.bags"]["user_id"]
         entry.ranks = [(entry.ranks[0] + 1) % process.world_size]
     shard(tables, prepared.specs, plan, prepared.config.tables, process.device, 0)
 

@@ -285,6 +285,50 @@ def test_office_trains_only_before_validation(tmp_path):
 
 
 @needs_raw
+@pytest.mark.parametrize("kind", recipe_rows.SAMPLING)
+def test_movielens_as_a_domain_has_liked_movies_and_negatives_never_rated(kind, ratings, tmp_path):
+    table = part_of("ml1m", tmp_path, recipe_rows.Sampling(1, kind), max_rows=4_000)
+    liked, rated, moment = defaultdict(list), defaultdict(set), {}
+    users, movies = ratings.users["user_id"].to_pylist(), ratings.movies["item_id"].to_pylist()
+    for user, movie, rating, time in zip(ratings.user, ratings.movie, ratings.rating, ratings.time, strict=True):
+        user, movie = f"ml1m:{users[user]}", f"ml1m:{movies[movie]}"
+        rated[user].add(movie)
+        moment[user, movie] = int(time)
+        if rating >= 4:
+            liked[user].append((time, movie))
+    in_order = {user: [m for _, m in sorted(pairs, key=lambda pair: pair[0])] for user, pairs in liked.items()}
+    splits = defaultdict(list)
+    for row in table.to_pylist():
+        user, item = row["user"], row["item_id"]
+        if not row["ctr"]:
+            assert item not in rated[user]
+            continue
+        at = in_order[user].index(item)
+        assert row["history"] == in_order[user][max(at - 50, 0) : at] and row["time"] == moment[user, item]
+        assert len(in_order[user]) - at <= 5
+        splits[user].append(row["split"])
+        assert row["category"] and row["title"] and row["user_id"] == user
+    assert len(splits) > 300
+    assert all(found[-2:] == ["valid", "test"] and set(found[:-2]) <= {"train"} for found in splits.values())
+
+
+@needs_raw
+def test_popular_movies_are_more_often_negatives_if_asked(tmp_path):
+    _, targets, owned = movielens.liked_movies(RAW, 3, 50)
+    often = np.bincount(targets.item[targets.split == 0])
+    drawn = {
+        kind: recipe_rows.sample_negatives("ml1m", targets, owned, 3_883, recipe_rows.Sampling(1, kind))[:, 0]
+        for kind in recipe_rows.SAMPLING
+    }
+    uniform, popular = (often.take(drawn[kind], mode="clip").mean() for kind in ("uniform", "popularity"))
+    assert popular > 2 * uniform
+
+
+def test_the_new_domain_comes_last_so_that_older_ones_keep_their_numbers():
+    assert foundation.foundation_schema().domains.names[-1] == "ml1m"
+
+
+@needs_raw
 def test_parts_repeat_and_a_cap_only_leaves_out(tmp_path):
     folders = [tmp_path / name for name in ("first", "again", "seed", "full")]
     for folder in folders:

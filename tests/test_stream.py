@@ -76,9 +76,9 @@ def test_batches_hold_what_the_raw_rows_say(tokenised, world_size):
     tokenizer = Tokenizer.from_file(str(tokenizer_file(TOKENIZER)))
     tokenizer.no_padding()
 
-    def vectors(keys: np.ndarray) -> np.ndarray:
+    def vectors(keys: np.ndarray, tokens: Ragged | None) -> np.ndarray:
         """As vector of a text, its number among the known ones."""
-        assert len(set(keys.tolist())) == len(keys)
+        assert len(set(keys.tolist())) == len(keys) == len(tokens)
         return np.array([number_of[key] for key in keys.tolist()], np.float32).reshape(-1, 1)
 
     masked = seen = 0

@@ -24,9 +24,11 @@ from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
 from dist_rec.text import embed as embed_module
 from dist_rec.text import texts as texts_module
-from dist_rec.text.embed import embed, length_batches
-from dist_rec.text.encoder import load_text_encoder, masked_mean
+from dist_rec.text.batching import length_batches
+from dist_rec.text.embed import embed
+from dist_rec.text.encoder import load_text_encoder
 from dist_rec.text.paths import resolve_model_folder, tokenizer_file, tokenizer_fingerprint
+from dist_rec.text.pooling import masked_mean
 from dist_rec.text.store import VectorStore, read_store_info
 from dist_rec.training.setup import prepare
 
@@ -365,7 +367,7 @@ def test_a_vector_that_is_not_finite_is_refused(tiny_model, tmp_path):
     weights["encoder.layer.1.output.LayerNorm.bias"].fill_(1e5)
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     data = write_data_set(tmp_path / "data", TITLES)
-    with pytest.raises(UserError, match="is not finite.*--store_dtype float32"):
+    with pytest.raises(UserError, match="is not finite.*--store-dtype float32"):
         embed([data], str(tmp_path / "model"), str(tmp_path / "store"))
     embed([data], str(tmp_path / "model"), str(tmp_path / "store"), store_dtype="float32")
 

@@ -54,6 +54,7 @@ def test_a_run_folder_is_whole(runs):
     assert {path.name for path in run.iterdir()} == {
         "config.yaml",
         "plan.json",
+        "schema.json",
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",

@@ -4,98 +4,215 @@ An experiment file holds a whole training config under `config`, and what varies
 
     seeds: [0, 1, 2]
     splits: {random: {data.train: ...}, time: {...}}
-    variants: {mmoe: {model.body.kind: mmoe}, ...}
+    variants: {mmoe: {model.body.kind: mmoe}, single: {per_domain: true, ...}, ...}
+    metrics: {ctr: [auc, logloss], relevance: [ndcg@10, auc]}
+    comparisons: {bodies: {reference: mmoe, variants: [mmoe, ple, single]}}
 
-Each run is a torchrun of its own. Results are a JSON list that grows run by run, so an
-interrupted experiment goes on where it stopped. Knows no model: a run is what `train` does.
+A variant with `per_domain` is one run for each domain of its data, trained on that domain alone; of each only the
+figures of its domain count. One with `splits` has runs on those alone. Each run is a torchrun of its own. Results are a
+JSON list that grows run by run, so an interrupted experiment goes on where it stopped. Knows no model: a run is what
+`train` does. What the results say is told by `compare.py`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
 
-from ..config import Config, apply_overrides
+from ..config import Config, apply_overrides, check_names
+from ..data.index import read_index
 from ..errors import UserError
+from ..files import write_text
 from ..strict import from_dict, read_yaml, strict
+
+METRICS = ("auc", "gauc", "logloss")
+
+
+@strict
+class Comparison:
+    """Variants, by the names of their runs, side by side; each is tested against `reference`."""
+
+    reference: str
+    variants: list[str] = Field(min_length=1)
+
+
+@strict
+class Settings:
+    """What a variant says besides overrides, which are written with a point in their name."""
+
+    per_domain: bool = False
+    splits: list[str] = field(default_factory=list)
 
 
 @strict
 class Experiment:
-    """What is repeated: `config` with each of `variants`, on each of `splits`, for each seed."""
+    """What is repeated: `config` with each of `variants`, on each of `splits`, for each seed.
+
+    `texts` are appended to every variant's name. `metrics` names, by task, what is told of it, the most important
+    first.
+    """
 
     config: dict[str, Any]
     variants: dict[str, dict[str, Any]] = Field(min_length=1)
     splits: dict[str, dict[str, Any]] = Field(min_length=1)
     seeds: list[int] = Field(min_length=1)
-    task: str = "ctr"
+    metrics: dict[str, list[str]] = field(default_factory=lambda: {"ctr": ["auc", "logloss"]})
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
     texts: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
 
-    def runs(self) -> Iterator[tuple[str, str, int, dict[str, Any]]]:
-        """Name, split, seed and overrides of every run."""
-        for split, of_split in self.splits.items():
-            for suffix, of_text in self.texts.items():
-                for variant, of_variant in self.variants.items():
-                    for seed in self.seeds:
-                        name = variant + suffix
-                        yield name, split, seed, {**of_split, **of_text, **of_variant, "run.seed": seed}
+    def names(self) -> list[str]:
+        """Of all variants, with their texts."""
+        return [variant + suffix for suffix in self.texts for variant in self.variants]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training; `domain` is set where it is one of a `per_domain` variant."""
+
+    name: str
+    split: str
+    seed: int
+    domain: str | None
+    overrides: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        return f"{self.split}/{self.name}/{self.seed}" + (f"/{self.domain}" if self.domain else "")
+
+    @property
+    def key(self) -> tuple[str, str, int, str | None]:
+        return self.name, self.split, self.seed, self.domain
+
+    def matches(self, glob: str) -> bool:
+        """Whether the glob is of this run, or of all domains of its variant, split and seed."""
+        return fnmatch(self.label, glob) or fnmatch(f"{self.split}/{self.name}/{self.seed}", glob)
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read and check an experiment file.
+
+    Raises:
+        UserError: it is none, or names variants or splits that it does not have; every fault is listed.
+    """
+    experiment = from_dict(Experiment, read_yaml(path), str(path))
+    faults, names = [], experiment.names()
+    for variant in experiment.variants:
+        settings, _ = _parts(experiment, variant, path)
+        faults += check_names(list(experiment.splits), settings.splits, f"variants.{variant}.splits")
+    for title, one in experiment.comparisons.items():
+        faults += check_names(names, [one.reference], f"comparisons.{title}.reference")
+        faults += check_names(names, one.variants, f"comparisons.{title}.variants")
+    if faults:
+        raise UserError(f"{path}:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return experiment
+
+
+def _parts(experiment: Experiment, variant: str, path: Path) -> tuple[Settings, dict[str, Any]]:
+    """A variant's settings, and its overrides."""
+    given = experiment.variants[variant]
+    settings = {key: value for key, value in given.items() if "." not in key}
+    overrides = {key: value for key, value in given.items() if "." in key}
+    return from_dict(Settings, settings, f"{path}, variants.{variant}"), overrides
+
+
+def planned_runs(experiment: Experiment, path: Path) -> Iterator[Run]:
+    """Every run of the experiment, those of one seed together.
+
+    Raises:
+        UserError: a run's config is wrong, or the data whose domains it needs are not there.
+    """
+    for split, of_split in experiment.splits.items():
+        for seed in experiment.seeds:
+            for suffix, of_text in experiment.texts.items():
+                for variant in experiment.variants:
+                    settings, own = _parts(experiment, variant, path)
+                    if settings.splits and split not in settings.splits:
+                        continue
+                    name = variant + suffix
+                    overrides = {**of_split, **of_text, **own, "run.seed": seed}
+                    config = _resolved(experiment, overrides, f"{path}, run {split}/{name}")
+                    for domain in _domains(config) if settings.per_domain else [None]:
+                        alone = {} if domain is None else {"data.domains": [domain]}
+                        yield Run(name, split, seed, domain, {**overrides, **alone})
+
+
+def _domains(config: dict[str, Any]) -> list[str]:
+    """The domains that a config trains on."""
+    index = read_index(config["data"]["train"])
+    chosen = config["data"].get("domains") or index.schema.domains.names
+    return [domain for domain in chosen if index.rows_of(domain)]
 
 
 def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[str], runs: Path) -> list[dict[str, Any]]:
-    """Do the runs that `results` lacks, write it after each, and return all of it.
+    """Do the runs that `results` lacks, write it after each, and return all of it (`read_results`).
 
     Args:
-        only: globs of `split/name/seed`; a run that matches any is done. Empty does all.
+        only: globs of `split/name/seed` or `split/name/seed/domain`; a run that matches any is done. Empty does all.
 
     Raises:
         UserError: the file is no experiment, or a variant's config is wrong; before the first run.
     """
-    experiment = from_dict(Experiment, read_yaml(path), str(path))
-    planned = list(experiment.runs())
+    experiment = load_experiment(path)
+    planned = list(planned_runs(experiment, path))
     for glob in only:
-        if not any(fnmatch(_label(*run), glob) for run in planned):
-            raise UserError(f"{path} has no run {glob!r}: runs are called like {_label(*planned[0])!r}.")
-    for name, split, _, overrides in planned:
-        _resolved(experiment, overrides, f"{path}, run {split}/{name}")
-    done = json.loads(results.read_text()) if results.exists() else []
-    have = {(r["name"], r["split"], r["seed"]) for r in done}
-    for name, split, seed, overrides in planned:
-        label = _label(name, split, seed)
-        if (name, split, seed) in have or only and not any(fnmatch(label, glob) for glob in only):
-            continue
-        label = label.replace("/", "-")
+        if not any(run.matches(glob) for run in planned):
+            raise UserError(f"{path} has no run {glob!r}: runs are called like {planned[0].label!r}.")
+    lines = _read(results)
+    have = {(e["name"], e["split"], e["seed"], e.get("domain")) for e in lines}
+    left = [run for run in planned if run.key not in have and (not only or any(run.matches(g) for g in only))]
+    for number, run in enumerate(left, 1):
+        label = run.label.replace("/", "-")
         config = runs / f"{label}.yaml"
         runs.mkdir(parents=True, exist_ok=True)
-        run_keys = {"run.name": label, "run.root": str(runs)}
-        config.write_text(yaml.safe_dump(_resolved(experiment, {**overrides, **run_keys}, label)))
-        print(f"{label} ...", end=" ", flush=True)
-        entry = {
-            "name": name,
-            "seed": seed,
-            "split": split,
-            **_run(config, runs / label, nproc_per_node, experiment.task),
-        }
-        done.append(entry)
-        results.write_text("[\n" + ",\n".join(json.dumps(r) for r in done) + "\n]\n")
-        print(f"AUC {entry['auc']:.4f}  {entry['train_rows_per_s']:,.0f} rows/s", flush=True)
-    return done
+        own = {"run.name": label, "run.root": str(runs)}
+        config.write_text(yaml.safe_dump(_resolved(experiment, {**run.overrides, **own}, label)))
+        print(f"{number}/{len(left)} {run.label} ...", end=" ", flush=True)
+        evaluation = _train(config, runs / label, nproc_per_node)
+        entry = {"name": run.name, "seed": run.seed, "split": run.split}
+        lines.append({**entry, **({"domain": run.domain} if run.domain else {}), **_figures(evaluation, run.domain)})
+        write_text(results, "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
+        print(_shown(lines[-1], experiment), flush=True)
+    return read_results(results)
 
 
-def _label(name: str, split: str, seed: int, *_: Any) -> str:
-    return f"{split}/{name}/{seed}"
+def _read(results: Path) -> list[dict[str, Any]]:
+    try:
+        lines = json.loads(results.read_text()) if results.exists() else []
+        if not all({"name", "split", "seed"} <= line.keys() for line in lines):
+            raise ValueError("an entry has no name, split or seed")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{results} are no results of an experiment: {error}. Name another file.") from None
+    return lines
+
+
+def read_results(results: Path) -> list[dict[str, Any]]:
+    """The runs of a results file: `name`, `split`, `seed`, `domain` (of a run on one domain alone, else None), `tasks`
+    and `domains` with the metrics by task, `train_rows_per_s`.
+
+    Files that were written when there was one task, `ctr`, are read too.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    return [_as_now(line) for line in _read(results)]
+
+
+def _as_now(line: dict[str, Any]) -> dict[str, Any]:
+    now = {"domain": None, **line}
+    if "tasks" not in line:
+        now["tasks"] = {"ctr": {name: line[name] for name in METRICS if name in line}}
+        now["domains"] = {domain: {"ctr": metrics} for domain, metrics in line["domains"].items()}
+    return now
 
 
 def _resolved(experiment: Experiment, overrides: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -105,40 +222,46 @@ def _resolved(experiment: Experiment, overrides: dict[str, Any], origin: str) ->
     return data
 
 
-def _run(config: Path, folder: Path, nproc_per_node: int, task: str) -> dict[str, Any]:
+def _train(config: Path, folder: Path, nproc_per_node: int) -> dict[str, Any]:
+    """The run's evaluation.json."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dist_rec", "train", str(config), "--nproc-per-node", str(nproc_per_node)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise UserError(f"the run of {config} ended with {finished.returncode}:\n{finished.stderr[-2000:]}")
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    overall = evaluation["overall"][task]
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def _figures(evaluation: dict[str, Any], domain: str | None) -> dict[str, Any]:
+    """What is kept of an evaluation; of a run on one domain, that domain's figures alone."""
+
+    def kept(tasks: dict[str, Any]) -> dict[str, Any]:
+        return {
+            task: {
+                name: None if value is None else round(value, 5)
+                for name, value in metrics.items()
+                if name in METRICS or name.startswith("ndcg")
+            }
+            for task, metrics in tasks.items()
+            if metrics["rows"]
+        }
+
+    domains = {name: kept(tasks) for name, tasks in evaluation["domains"].items() if domain in (None, name)}
+    rates = evaluation["rates"]
     return {
-        **_rounded(overall),
-        "domains": {name: _rounded(tasks[task]) for name, tasks in evaluation["domains"].items()},
-        "train_rows_per_s": round(evaluation["rates"]["train_rows_per_s"]),
+        "tasks": kept(evaluation["overall"]) if domain is None else {},
+        "domains": domains,
+        "train_rows_per_s": round(rates["train_rows_per_s"]),
+        "train_seconds": round(rates["train_seconds"], 1),
     }
 
 
-def _rounded(metrics: dict[str, Any]) -> dict[str, float | None]:
-    return {name: None if metrics[name] is None else round(metrics[name], 5) for name in ("auc", "logloss")}
-
-
-def print_results(results: list[dict[str, Any]]) -> None:
-    """Mean and range over seeds, by split and name."""
-    table = Table("split", "name", "seeds", "AUC", "range", "logloss", "rows/s")
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for entry in results:
-        groups.setdefault((entry["split"], entry["name"]), []).append(entry)
-    for (split, name), entries in groups.items():
-        auc = [e["auc"] for e in entries]
-        table.add_row(
-            split,
-            name,
-            str(len(entries)),
-            f"{statistics.mean(auc):.4f}",
-            f"{min(auc):.4f} .. {max(auc):.4f}",
-            f"{statistics.mean(e['logloss'] for e in entries):.4f}",
-            f"{statistics.median(e['train_rows_per_s'] for e in entries):,.0f}",
-        )
-    Console().print(table)
+def _shown(line: dict[str, Any], experiment: Experiment) -> str:
+    """What a run gave, in a line."""
+    tasks = line["tasks"] or next(iter(line["domains"].values()))
+    said = []
+    for task, metrics in experiment.metrics.items():
+        value = tasks.get(task, {}).get(metrics[0])
+        if value is not None:
+            said.append(f"{task} {metrics[0]} {value:.4f}")
+    return "  ".join([*said, f"{line['train_rows_per_s']:,.0f} rows/s"])

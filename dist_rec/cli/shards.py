@@ -1,4 +1,4 @@
-"""`dist-rec shards ...`: build, append, inspect, verify."""
+"""`dist-rec shards ...`: build, append, sample, inspect, verify."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ def shards_build(
     ] = None,
     split: Annotated[str, typer.Option(help="random:8,1,1[:by=COLUMN], time:8,1,1 or column:COLUMN.")] = "",
     tokenizer: Annotated[str, typer.Option(help="Model folder or package:PACKAGE/FOLDER; texts get token ids.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Longest text in tokens.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="Longest text in tokens; 0 is 32, or as in --extends.")] = 0,
+    prefix: Annotated[
+        list[str] | None, typer.Option(help="ROLE=TEXT before each text of a role, as item='passage: '; repeatable.")
+    ] = None,
     vocabulary: Annotated[str, typer.Option(help="vocabulary folder of an earlier build to keep the rows of.")] = "",
+    extends: Annotated[
+        str, typer.Option(help="Data set to add domains to: its schema, vocabularies, tokenizer and prefixes are kept.")
+    ] = "",
     block_rows: Annotated[int, typer.Option(help="Rows of a block (a tar member).")] = 8192,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard (a tar).")] = 262144,
     workers: Annotated[int, typer.Option(help="Processes; 0 is all cores.")] = 0,
@@ -41,18 +47,21 @@ def shards_build(
 
     from ..data.build import build, parse_split
     from ..schema import load_schema
+    from ..strict import read_yaml
 
     # Values that a reused vocabulary does not know are a warning of the builder's.
     logging.basicConfig(level=logging.WARNING, format="dist-rec: %(message)s")
     indexes = build(
-        load_schema(schema),
+        read_yaml(schema) if extends else load_schema(schema),
         sources,
         out,
         joins=_joins(join),
         split=parse_split(split) if split else None,
         tokenizer=tokenizer or None,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or None,
+        prefixes=_prefixes(prefix),
         vocabulary=vocabulary or None,
+        extends=extends or None,
         block_rows=block_rows,
         shard_rows=shard_rows,
         workers=workers or None,
@@ -107,6 +116,38 @@ def shards_append(
     )
     appended = {"generation": index.generation, "appended": new.rows, "shards": len(new.shards), "rows": index.rows}
     print_json(as_json, {"dataset": dataset} | appended)
+
+
+@app.command("sample")
+def shards_sample(
+    source: Annotated[str, typer.Argument(help="Folder or URL with index.json: a data set, or one split of it.")],
+    rows: Annotated[int, typer.Option(help="How many.")],
+    out: Annotated[str, typer.Option(help="Folder of the sample; new or empty.")],
+    seed: Annotated[int, typer.Option(help="Of the draw; fewer rows of one seed are among its more.")] = 0,
+    domain: Annotated[list[str] | None, typer.Option(help="Only rows of this domain; repeatable.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the data set at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw rows of a data set, whose schema, vocabularies and tokenizer they keep."""
+    from ..data.sample import sample
+
+    index = sample(source, rows, seed, out, domains=domain or (), overwrite=overwrite)
+    found = {name: index.rows_of(name) for name in index.schema.domains.names if index.rows_of(name)}
+    print(f"{out}: {index.rows:,} rows: " + ", ".join(f"{name} {count:,}" for name, count in found.items()))
+    print_json(as_json, {"out": out, "rows": index.rows, "domains": found})
+
+
+def _prefixes(given: list[str] | None) -> dict[str, str] | None:
+    """ROLE=TEXT as a dictionary; None where nothing is given."""
+    prefixes: dict[str, str] = {}
+    for text in given or []:
+        role, equals, prefix = text.partition("=")
+        if not equals:
+            raise UserError(f"--prefix {text!r}: write ROLE=TEXT, such as query='query: '.")
+        if role in prefixes:
+            raise UserError(f"--prefix {role} is given twice.")
+        prefixes[role] = prefix
+    return prefixes or None
 
 
 def _joins(given: list[str] | None) -> list[Join]:

@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from ..errors import UserError
 from ..files import sync
 from ..schema import Schema
-from ..text.paths import tokenizer_file
 from . import steps
 from .blocks import TEXT
 from .casts import literal
-from .index import INDEX_NAME, Index, TokenizerInfo, read_index, write_index
+from .extend import carried
+from .home import home_of, token_file_of
+from .index import INDEX_NAME, Index, read_index, write_index
 from .sources import Join, files_of
 from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
 from .writer import DatasetWriter
@@ -76,7 +77,7 @@ def append(
         raise UserError(f"{root}: rows are appended to a local folder; append to the original, then copy what is new.")
     folder = Path(root).absolute()
     schema = read_index(str(folder)).schema
-    home = _home(folder, schema)
+    home = home_of(folder, schema)
     with _lock(home):
         # Read again: an append that was running meanwhile has changed it.
         index = read_index(str(folder))
@@ -85,8 +86,8 @@ def append(
         block_rows = block_rows or default_block_rows
         shard_rows = shard_rows or max(default_shard_rows, block_rows)
         workers = steps.check_sizes(block_rows, shard_rows, workers)
-        _check_histories(schema, sources, history_from)
-        token_file = _token_file(index.tokenizer, tokenizer, root)
+        _check_histories(carried(schema, index.extension), sources, history_from)
+        token_file = token_file_of(index.tokenizer, tokenizer, root)
         staging = folder / STAGING_NAME
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -101,6 +102,8 @@ def append(
                     past=tuple(history_from),
                     every_domain=False,
                     count_ids=False,
+                    own=index.extension,
+                    prefixes=index.tokenizer.prefixes if index.tokenizer else {},
                 ),
                 work=work,
                 texts=staging / TEXTS_NAME,
@@ -124,21 +127,6 @@ def append(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return new
-
-
-def _home(folder: Path, schema: Schema) -> Path:
-    """Where the vocabularies and texts of a data set lie: in its folder, or in the one above its splits."""
-    tables = [feature for feature in schema.select(kinds=("id", "ids")).values() if feature.shares is None]
-    needed = any(feature.vocabulary.kind == "dictionary" for feature in tables)
-    for place in (folder, folder.parent):
-        if (place / VOCABULARY_NAME).is_dir() if needed else (place / TEXTS_NAME).is_file():
-            return place
-    if needed:
-        raise UserError(
-            f"{folder}: its vocabularies are missing, so new rows cannot be numbered as the old ones were. Restore "
-            f"{folder / VOCABULARY_NAME} or {folder.parent / VOCABULARY_NAME}, which the build wrote."
-        )
-    return folder
 
 
 @contextmanager
@@ -182,27 +170,6 @@ def _check_histories(schema: Schema, sources: list[str], history_from: list[str]
     both = [file for pattern in history_from for file in files_of(pattern) if os.path.realpath(file) in new]
     if both:
         raise UserError(f"{both[0]} is given both as new rows and as history: its events would count twice.")
-
-
-def _token_file(info: TokenizerInfo | None, given: str | None, root: str) -> Path | None:
-    """tokenizer.json of the data set's tokenizer."""
-    if info is None:
-        if given is not None:
-            raise UserError(f"{root} has no token ids, so it takes no tokenizer: leave --tokenizer out.")
-        return None
-    try:
-        path = tokenizer_file(given or info.name)
-    except UserError as error:
-        raise UserError(
-            f"{root} was built with tokenizer {info.name}; name its folder with --tokenizer. {error}"
-        ) from None
-    found = steps.tokenizer_info(given or info.name, path, info.max_length)
-    if found.fingerprint != info.fingerprint:
-        raise UserError(
-            f"{root} was built with tokenizer {info.name}, and {path} is not the file that was used: name the folder "
-            "of that one with --tokenizer."
-        )
-    return path
 
 
 def _check_schema(resolved: Schema, schema: Schema, home: Path) -> None:

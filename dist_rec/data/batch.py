@@ -19,7 +19,7 @@ from torchrec.streamable import Pipelineable
 
 from ..schema import Schema
 from .rows import Ragged, Rows
-from .vocabulary import IdMap
+from .vocabulary import IdMap, IdParts, part_name, undivided
 
 
 @dataclass
@@ -29,7 +29,10 @@ class Batch(Pipelineable):
     Attributes:
         ids: every `id` and `ids` feature, keys in schema order, int64 values, stride B. A null
             is an empty list. Values are rows of the feature's table, or `vocabulary.mix` of its ids where
-            the table is managed.
+            the table is managed. A feature f of a divided vocabulary has keys f, f@1 and so on beside each other, with
+            the ids of each part.
+        event_places: per history of a divided vocabulary, int64 `[N]`: where each of its events stands when those of
+            its keys stand one after the other.
         dense: per `dense` feature, float32 `[B, width]`, NaN where null.
         text_index: per text feature, int64 `[n]`, positions among the T texts, rows
             concatenated.
@@ -47,6 +50,7 @@ class Batch(Pipelineable):
     """
 
     ids: KeyedJaggedTensor
+    event_places: dict[str, Tensor]
     dense: dict[str, Tensor]
     text_index: dict[str, Tensor]
     text_lengths: dict[str, Tensor]
@@ -63,6 +67,14 @@ class Batch(Pipelineable):
 
     def __len__(self) -> int:
         return self.domain.shape[0]
+
+    def id_lengths(self) -> dict[str, Tensor]:
+        """How many ids each row has of each `id` and `ids` feature: int64 `[B]` by feature."""
+        keys, found = self.ids.keys(), {}
+        for key, lengths in zip(keys, self.ids.lengths().view(len(keys), len(self)).unbind(0), strict=True):
+            name = undivided(key)
+            found[name] = found[name] + lengths if name in found else lengths
+        return found
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         moved = {}
@@ -85,8 +97,8 @@ def make_batch(
     rows: Rows,
     schema: Schema,
     size: int,
-    vectors: Callable[[np.ndarray], np.ndarray] | None = None,
-    id_maps: Mapping[str, IdMap] | None = None,
+    vectors: Callable[[np.ndarray, Ragged | None], np.ndarray] | None = None,
+    id_maps: Mapping[str, IdMap | IdParts] | None = None,
 ) -> Batch:
     """Turn rows into a batch of exactly `size` rows, masking what is missing.
 
@@ -94,7 +106,7 @@ def make_batch(
         rows: at most `size` rows, their text table as `window.cut` leaves it: all of it becomes part of the batch.
         schema: the data set's schema; its feature order is the key order.
         size: B.
-        vectors: looks up the frozen vectors of text keys: int64 `[T]` -> float32 `[T, D]`. None
+        vectors: makes of text keys, int64 `[T]`, and their tokens the frozen vectors, float32 `[T, D]`. None
             where the model needs none.
         id_maps: per feature what becomes of its ids; a feature without one keeps them.
 
@@ -104,14 +116,13 @@ def make_batch(
     n, present = len(rows), rows.row >= 0
     if n > size:
         raise ValueError(f"{n} rows do not fit a batch of {size}")
-    features = list(rows.ids)
-    lengths = np.zeros((len(features), size), np.int64)
-    for i, name in enumerate(features):
-        lengths[i, :n] = rows.ids[name].lengths
-    maps = id_maps or {}
-    values = [maps[name](name, ids, rows.row) if name in maps else ids.values for name, ids in rows.ids.items()]
+    lists, places = _mapped(rows, schema, id_maps or {})
+    lengths = np.zeros((len(lists), size), np.int64)
+    for i, ids in enumerate(lists.values()):
+        lengths[i, :n] = ids.lengths
+    values = [ids.values for ids in lists.values()]
     ids = KeyedJaggedTensor(
-        keys=features,
+        keys=list(lists),
         values=torch.from_numpy(np.concatenate(values, dtype=np.int64) if values else np.zeros(0, np.int64)),
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
@@ -125,12 +136,13 @@ def make_batch(
         valid[name] = _padded(known, size, False)
     return Batch(
         ids=ids,
+        event_places={n_: torch.from_numpy(place) for n_, place in places.items()},
         dense={n_: _padded(v, size, np.nan) for n_, v in rows.dense.items()},
         text_index={n_: torch.from_numpy(t.values) for n_, t in rows.texts.items()},
         text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in rows.texts.items()},
         text_tokens=tokens,
         text_mask=mask,
-        text_vectors=torch.from_numpy(vectors(keys)) if vectors else torch.zeros(len(keys), 0),
+        text_vectors=torch.from_numpy(vectors(keys, rows.tokens)) if vectors else torch.zeros(len(keys), 0),
         labels=labels,
         label_valid=valid,
         domain=_padded(np.where(present, rows.domain, 0), size, 0),
@@ -139,6 +151,22 @@ def make_batch(
         user=_padded(rows.keys.get("user", unknown), size, -1),
         query=_padded(rows.keys.get("query", unknown), size, -1),
     )
+
+
+def _mapped(
+    rows: Rows, schema: Schema, maps: Mapping[str, IdMap | IdParts]
+) -> tuple[dict[str, Ragged], dict[str, np.ndarray]]:
+    """By key the rows' lists of what tables are asked for, and by history `Batch.event_places`."""
+    lists, places = {}, {}
+    for name, ids in rows.ids.items():
+        if isinstance(mapped := maps.get(name), IdParts):
+            parts, place = mapped(ids)
+            lists |= {part_name(name, number): part for number, part in enumerate(parts)}
+            if schema.features[name].role == "history":
+                places[name] = place
+        else:
+            lists[name] = Ragged(mapped(name, ids, rows.row), ids.offsets) if mapped is not None else ids
+    return lists, places
 
 
 def _padded(values: np.ndarray, size: int, fill: Any) -> Tensor:

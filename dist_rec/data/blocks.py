@@ -89,6 +89,7 @@ def decode_block(
     domain: int,
     features: Iterable[str],
     with_tokens: bool,
+    written: Schema | None = None,
 ) -> Rows:
     """Decode and check one block.
 
@@ -100,15 +101,21 @@ def decode_block(
         domain: position of its domain in the schema.
         features: which features to decode; the others are left alone.
         with_tokens: decode token ids of texts too.
+        written: the schema that the block was written under, which `schema` extends; None is the same. What it lacks
+            is null.
 
     Raises:
         WrongSchema: its columns are others.
         UserError: the bytes are not such a block, a table row is outside its vocabulary, or a
             label is outside its range; names the block and the row.
     """
-    batch = open_batch(payload, arrow_schema(schema), where)
+    written = written or schema
+    batch = open_batch(payload, arrow_schema(written), where)
+    for column in arrow_schema(schema) if written is not schema else ():
+        if column.name not in batch.schema.names:
+            batch = batch.append_column(column, pa.nulls(batch.num_rows, column.type))
     rows = read_columns(batch, schema, where, first_row, domain, features, with_tokens)
-    _check_values(rows, schema, where)
+    _check_values(rows, written, where)
     return rows
 
 
@@ -149,6 +156,8 @@ def read_columns(
 def _check_values(rows: Rows, schema: Schema, where: str) -> None:
     sizes = schema.table_sizes()
     for name, ids in rows.ids.items():
+        if name not in schema.features:
+            continue  # of a schema that extends this one: all null
         size = sizes[schema.table_of(name)]
         # As unsigned numbers, negative ones are the largest.
         unsigned = ids.values.view(f"u{ids.values.itemsize}")

@@ -15,35 +15,42 @@ of workers. Knows no command line and no model.
 from __future__ import annotations
 
 import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, get_args
 
 import duckdb
 
-from ..errors import UserError
+from ..errors import UserError, nearest
 from ..schema import Schema
 from ..text.paths import tokenizer_file
 from . import steps
 from .casts import literal, quote
-from .index import INDEX_NAME, SPLITS, Index, write_index
+from .extend import merge
+from .folder import check_target, published
+from .home import dictionaries, parent_of, token_file_of
+from .index import SPLITS, Index, PrefixRole, TokenizerInfo, write_index
 from .sources import Join
 from .split import Split, parse_split
 from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
 from .writer import DatasetWriter
 
+DEFAULT_MAX_TOKENS = 32
 __all__ = ["Join", "Split", "build", "parse_split"]
 
 
 def build(
-    schema: Schema,
+    schema: Schema | Mapping[str, Any],
     sources: list[str],
     out: str,
     *,
     joins: list[Join] | tuple[Join, ...] = (),
     split: Split | None = None,
     tokenizer: str | None = None,
-    max_tokens: int = 32,
+    max_tokens: int | None = None,
+    prefixes: Mapping[str, str] | None = None,
     vocabulary: str | None = None,
+    extends: str | None = None,
     block_rows: int = DEFAULT_BLOCK_ROWS,
     shard_rows: int = DEFAULT_SHARD_ROWS,
     workers: int | None = None,
@@ -58,7 +65,8 @@ def build(
     (key, text, tokens) every distinct text, over all splits.
 
     Args:
-        schema: what a row is.
+        schema: what a row is; with `extends` also what a schema.yaml holds (`strict.read_yaml`), since what it leaves
+            unsaid is as there, while a `Schema` says all.
         sources: globs of Parquet, CSV, TSV or JSON-lines files (.gz too); united by column name.
         out: a new or empty local folder.
         joins: side tables.
@@ -66,9 +74,14 @@ def build(
             train events, except in a split by time, where they see all earlier ones.
         tokenizer: model folder with tokenizer.json, see `text.paths.resolve_model_folder`;
             without it blocks carry texts and no token ids.
-        max_tokens: longest token list, special tokens included.
+        max_tokens: longest token list, special tokens included; 32 if None.
+        prefixes: role (`user`, `query`, `item`) → what stands before each of its texts, before they get keys and
+            token ids; texts of histories are items'. Needs a tokenizer.
         vocabulary: `vocabulary` folder of an earlier build to keep the rows of; values it lacks
             become row 0 and are counted in a warning and in the index's statistics.
+        extends: a data set (or the folder above its splits) whose schema, vocabularies, tokenizer and prefixes this
+            one extends by domains (`extend.merge`). What the schema has and `schema` does not name is null in every
+            row; dictionaries keep their rows, and new values are numbered after them.
         block_rows: rows of an Arrow block.
         shard_rows: rows after which a tar is closed.
         workers: processes, and threads of the SQL engine; all cores if None.
@@ -82,31 +95,51 @@ def build(
     Raises:
         UserError: anything wrong with the input, said with file, row and value where known.
     """
-    target = _check_target(out, overwrite)
-    if max_tokens < 1:
+    target = check_target(out, overwrite)
+    if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens {max_tokens} must be at least 1.")
     workers = steps.check_sizes(block_rows, shard_rows, workers)
-    token_file = tokenizer_file(tokenizer) if tokenizer is not None else None
-    token_info = steps.tokenizer_info(tokenizer, token_file, max_tokens)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    own, grow = None, frozenset()
+    if extends is None:
+        token_file, token_info = _tokenizer(schema, tokenizer, max_tokens or DEFAULT_MAX_TOKENS, prefixes or {})
+    else:
+        parent = parent_of(extends)
+        if target in (Path(extends).absolute(), *Path(extends).absolute().parents):
+            raise UserError(f"{out} is or holds {extends}, which is to stay: name another folder.")
+        parent.check_options(vocabulary, max_tokens, prefixes)
+        merged = merge(schema, parent.index.schema, extends)
+        schema, own, grow = merged.schema, merged.own, frozenset(dictionaries(parent.index.schema))
+        vocabulary = str(parent.vocabulary) if grow else None
+        token_info = parent.index.tokenizer
+        token_file = token_file_of(token_info, tokenizer, extends)
 
-    def folder_of(name: str) -> Path:
-        return partial / name if split else partial
+    with published(target) as partial:
 
-    def open_writer(resolved: Schema, number: int) -> DatasetWriter:
-        name = SPLITS[number] if split else "all"
-        return DatasetWriter(folder_of(name), name, resolved, token_info, shard_rows)
+        def folder_of(name: str) -> Path:
+            return partial / name if split else partial
 
-    try:
+        def open_writer(resolved: Schema, number: int) -> DatasetWriter:
+            name = SPLITS[number] if split else "all"
+            return DatasetWriter(folder_of(name), name, resolved, token_info, shard_rows, extension=own)
+
         work = partial / "work"
         work.mkdir()
         indexes = steps.run(
-            Input(schema, sources, tuple(joins), split, vocabulary, seed),
+            Input(
+                schema,
+                sources,
+                tuple(joins),
+                split,
+                vocabulary,
+                seed,
+                own=own,
+                grow=grow,
+                prefixes=token_info.prefixes if token_info else {},
+            ),
             work=work,
             texts=partial / TEXTS_NAME,
             token_file=token_file,
-            max_tokens=max_tokens,
+            max_tokens=token_info.max_length if token_info else 1,
             block_rows=block_rows,
             shard_rows=shard_rows,
             workers=workers,
@@ -117,41 +150,34 @@ def build(
         for index in indexes:
             write_index(str(folder_of(index.split)), index)
         shutil.rmtree(work)
-        _publish(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return indexes
 
 
-def _check_target(out: str, overwrite: bool) -> Path:
-    if "://" in out:
-        raise UserError(f"{out}: data sets are built in a local folder; build it here, then copy it.")
-    target = Path(out).absolute()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{out} is a file: name a folder.")
-    if target.is_dir() and any(target.iterdir()):
-        if not overwrite:
-            raise UserError(f"{out} is not empty: name another folder, or pass overwrite to replace it.")
-        if not any((target / name / INDEX_NAME).is_file() for name in (".", *SPLITS)):
-            raise UserError(f"{out} is not empty and holds no data set, so it is not overwritten: name another folder.")
-    return target
+def _tokenizer(
+    schema: Schema, spec: str | None, max_tokens: int, prefixes: Mapping[str, str]
+) -> tuple[Path | None, TokenizerInfo | None]:
+    """tokenizer.json and what the index says of it; both None without a tokenizer.
 
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename the finished folder into place; the old one is only removed once the new one stands."""
-    partial.chmod(0o755)
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        target.rename(old / "data")
-        try:
-            partial.rename(target)
-        except OSError:
-            (old / "data").rename(target)
-            raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(target)
+    Raises:
+        UserError: it is no tokenizer, or a prefix is not of a role, does nothing, or has no index entry to stand in.
+    """
+    faults = []
+    for role, prefix in prefixes.items():
+        roles = get_args(PrefixRole)
+        if role not in roles:
+            faults.append(f"{role!r} is no role: use {', '.join(roles)}.{nearest(role, roles)}")
+        elif not prefix:
+            faults.append(f"that of {role} is empty: leave it out")
+        elif not schema.select(role, ("text",)) and not (role == "item" and schema.select("history", ("texts",))):
+            faults.append(f"the schema has no text of role {role}: leave that prefix out")
+    if prefixes and spec is None:
+        faults.append("they are a language model's: name its --tokenizer, with which the index records them")
+    if faults:
+        raise UserError("prefixes of texts:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    if spec is None:
+        return None, None
+    path = tokenizer_file(spec)
+    return path, steps.tokenizer_info(spec, path, max_tokens, prefixes)
 
 
 def _write_vocabularies(con: duckdb.DuckDBPyConnection, schema: Schema, folder: Path) -> None:

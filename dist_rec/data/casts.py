@@ -21,11 +21,12 @@ COMPLAINT = re.compile(r"<<dist_rec (.*?)>>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Need:
-    """A raw column and what it is used for; `separator` splits strings into lists."""
+    """A raw column and what it is used for; `separator` splits strings into lists, `prefix` stands before each."""
 
     column: str
     use: Use
     separator: str | None = None
+    prefix: str = ""
 
 
 def quote(name: str) -> str:
@@ -42,9 +43,11 @@ def cast_sql(need: Need, kind: str) -> str:
     """SQL that turns the raw column, of DuckDB type `kind`, into what its use needs."""
     column = quote(need.column)
     if need.use == "string":
-        return _string(column, kind)
+        value = _string(column, kind)
+        return f"{literal(need.prefix)} || ({value})" if need.prefix else value
     if need.use == "list":
-        return _list(need, column, kind)
+        value = _list(need, column, kind)
+        return f"list_transform({value}, lambda x: {literal(need.prefix)} || x)" if need.prefix else value
     if need.use == "vector":
         return _vector(need, column, kind)
     text = f"nullif(trim({column} ->> '$'), '')" if kind == "JSON" else f"nullif(trim({column}), '')"

@@ -250,44 +250,46 @@ def tokenise(data: bytes) -> bytes:
 
 def make_block(data: bytes) -> EncodedBlock:
     """Rows of `encoded` (packed, with the ranges of histories) → a block and its statistics."""
-    batch, job = unpack(data), _STATE.job
-    schema, n = job.schema, batch.num_rows
+    batch, schema = unpack(data), _STATE.job.schema
     columns: list[pa.Array] = []
-    features: dict[str, FeatureCounts] = {}
     for name, feature in schema.features.items():
         kind = _STATE.arrow_schema.field(name).type
         raw = _history(batch, name, feature.max_length) if feature.events is not None else batch.column(f"f:{name}")
-        counts = FeatureCounts(nulls=raw.null_count)
         if feature.kind == "dense":
-            column = _fixed(raw, feature.width)
-            counts.total, counts.longest = feature.width * (n - raw.null_count), feature.width
+            columns.append(_fixed(raw, feature.width))
         elif feature.kind in ("id", "ids"):
-            column = _defined(raw).cast(kind)
-            _count_lengths(counts, raw)
-            if schema.features[schema.table_of(name)].vocabulary.kind == "dictionary":
-                values = raw.flatten() if feature.kind == "ids" else raw
-                counts.unknown = int(np.count_nonzero(values.drop_null().to_numpy(zero_copy_only=False) == 0))
+            columns.append(_defined(raw).cast(kind))
         else:
-            column = _texts(raw, kind)
-            if feature.kind == "texts":
-                _count_lengths(counts, raw)
-            else:
-                used = column.indices.drop_null().to_numpy(zero_copy_only=False)
-                lengths = column.dictionary.field("tokens").value_lengths().to_numpy(zero_copy_only=False)[used]
-                counts.total, counts.longest = int(lengths.sum()), int(lengths.max(initial=0))
-        columns.append(column)
-        features[name] = counts
-    labels = {}
+            columns.append(text_column(raw, kind, _STATE.store.take))
+    columns += [_defined(batch.column(f"label:{name}")).cast(pa.float32()) for name in schema.labels]
+    columns += [_defined(batch.column(f"key:{k}")).cast(pa.int64()) for k in KEY_NAMES if getattr(schema.keys, k)]
+    return finish(pa.record_batch(columns, schema=_STATE.arrow_schema), schema)
+
+
+def finish(batch: pa.RecordBatch, schema: Schema) -> EncodedBlock:
+    """A block's columns (`blocks.arrow_schema`) → the block, and what the index says of it."""
+    n, features, labels = batch.num_rows, {}, {}
+    for name, feature in schema.features.items():
+        column = batch.column(name)
+        counts = features[name] = FeatureCounts(nulls=column.null_count)
+        if feature.kind == "dense":
+            counts.total, counts.longest = feature.width * (n - column.null_count), feature.width
+        elif feature.kind == "text":
+            used = column.indices.drop_null().to_numpy(zero_copy_only=False)
+            lengths = column.dictionary.field("tokens").value_lengths().to_numpy(zero_copy_only=False)[used]
+            counts.total, counts.longest = int(lengths.sum()), int(lengths.max(initial=0))
+        else:
+            _count_lengths(counts, column)
+        if feature.kind in ("id", "ids") and schema.features[schema.table_of(name)].vocabulary.kind == "dictionary":
+            values = column.flatten() if feature.kind == "ids" else column
+            counts.unknown = int(np.count_nonzero(values.drop_null().to_numpy(zero_copy_only=False) == 0))
     for name, label in schema.labels.items():
-        column = _defined(batch.column(f"label:{name}")).cast(pa.float32())
-        values = column.drop_null().to_numpy(zero_copy_only=False)
+        values = batch.column(f"label:{name}").drop_null().to_numpy(zero_copy_only=False)
         positive = int(np.count_nonzero(values >= label.maximum / 2))
         labels[name] = {"valid": len(values), "positive": positive, "missing": n - len(values)}
-        columns.append(column)
-    columns += [_defined(batch.column(f"key:{k}")).cast(pa.int64()) for k in KEY_NAMES if getattr(schema.keys, k)]
-    payload = encode_block(pa.record_batch(columns, schema=_STATE.arrow_schema))
     times = batch.column("key:time").drop_null().to_numpy(zero_copy_only=False) if schema.keys.time else ()
     span = (int(times.min()), int(times.max())) if len(times) else None
+    payload = encode_block(batch)
     return EncodedBlock(payload, n, crc32(payload), span, features, labels)
 
 
@@ -335,15 +337,21 @@ def _fixed(raw: pa.ListArray, width: int) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width, mask=pa.array(~valid))
 
 
-def _texts(raw: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Row numbers of texts → the dictionary of the block's distinct texts, and lists of it."""
+def text_column(raw: pa.Array, kind: pa.DataType, take: Callable[[np.ndarray], pa.StructArray]) -> pa.Array:
+    """Numbers of texts → the dictionary of the block's distinct texts, and indices or lists of them.
+
+    Args:
+        raw: int64 `[n]`, or lists of int64; nulls are nulls.
+        kind: of the column in a block.
+        take: gives the texts of distinct numbers, int64 `[m]`, as an array of `blocks.TEXT`.
+    """
     values = raw.flatten() if isinstance(raw, pa.ListArray) else raw
     present = values.drop_null().to_numpy(zero_copy_only=False).astype(np.int64)
     distinct, inverse = np.unique(present, return_inverse=True)
     valid = values.is_valid().to_numpy(zero_copy_only=False)
     indices = np.zeros(len(values), np.int32)
     indices[valid] = inverse
-    coded = pa.DictionaryArray.from_arrays(pa.array(indices, mask=~valid), _STATE.store.take(distinct))
+    coded = pa.DictionaryArray.from_arrays(pa.array(indices, mask=~valid), take(distinct))
     if not isinstance(raw, pa.ListArray):
         return coded
     lengths = raw.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)

@@ -102,3 +102,36 @@ def _count_events(
             con.unregister("chunk")
     del edges
     path.unlink()
+
+
+class IdCounter:
+    """Counts of integers, merged in bulk; memory is that of the distinct ones."""
+
+    def __init__(self) -> None:
+        self.values = self.counts = np.zeros(0, np.int64)
+        self.pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self.num_pending = 0
+
+    def add(self, values: np.ndarray) -> None:
+        self.pending.append(np.unique(values, return_counts=True))
+        self.num_pending += len(self.pending[-1][0])
+        # Merging only when as much is pending as is held keeps the whole linear.
+        if self.num_pending > max(len(self.values), 100_000):
+            self.merge()
+
+    def merge(self) -> None:
+        values = np.concatenate([self.values, *(v for v, _ in self.pending)]).astype(np.int64)
+        counts = np.concatenate([self.counts, *(c for _, c in self.pending)]).astype(np.int64)
+        self.values, inverse = np.unique(values, return_inverse=True)
+        self.counts = np.bincount(inverse, counts, len(self.values)).astype(np.int64)
+        self.pending, self.num_pending = [], 0
+
+    def top(self, k: int) -> list[tuple[int, int]]:
+        self.merge()
+        order = np.lexsort((self.values, -self.counts))[:k]
+        return [(int(self.values[i]), int(self.counts[i])) for i in order]
+
+    def frequency(self, rows: int) -> Frequency:
+        self.merge()
+        uses, ids = np.unique(self.counts, return_counts=True)
+        return frequency(uses[::-1], ids[::-1], rows)

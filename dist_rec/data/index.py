@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, model_validator
 from ..errors import UserError
 from ..files import write_bytes
 from ..schema import Schema
-from ..strict import from_dict, parse_json, strict
+from ..strict import from_dict, parse_json, strict, to_dict
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 
 FORMAT = "dist_rec/1"
@@ -32,6 +32,8 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 # Percentages of all uses that `Frequency.coverage` tells of, in per mille.
 SHARES = {"50": 500, "90": 900, "95": 950, "99": 990, "99.9": 999}
+# Whose texts may have a prefix.
+PrefixRole = Literal["user", "query", "item"]
 # Differences of two times must fit in 64 bits.
 Time = Annotated[int, Field(gt=-(2**62), lt=2**62)]
 
@@ -82,7 +84,20 @@ class TokenizerInfo:
     name: str
     fingerprint: str
     max_length: int = Field(ge=1)
-    prefixes: dict[str, str] = field(default_factory=dict)
+    prefixes: dict[PrefixRole, str] = field(default_factory=dict)
+
+
+@strict
+class Extension:
+    """What of its schema a data set's own raw tables carry, where the schema extends that of another data set.
+
+    * `domains`: those that rows may be of.
+    * `missing`: places of the schema, such as `features.age`, `labels.click` or `keys.user`, for which there is no raw
+      column: null in every row.
+    """
+
+    domains: list[str] = Field(min_length=1)
+    missing: list[str] = field(default_factory=list)
 
 
 @strict
@@ -137,9 +152,15 @@ class Index:
     split: str
     schema: Schema
     tokenizer: TokenizerInfo | None = None
+    extension: Extension | None = None
     statistics: dict[str, FeatureStatistics]
     label_counts: dict[str, dict[str, int]]
     shards: list[ShardInfo] = Field(min_length=1)
+
+    @property
+    def stored(self) -> Schema:
+        """The schema that the blocks were written under."""
+        return self.schema
 
     @property
     def rows(self) -> int:
@@ -220,6 +241,12 @@ def _check(index: Index, path: str) -> None:
     for table, size in schema.table_sizes().items():
         if size > LARGEST_TABLE:
             raise UserError(f"{path}: the vocabulary of {table!r} has more rows than ids can count.")
+    if index.extension is not None:
+        sections = {"features": schema.features, "labels": schema.labels, "keys": to_dict(schema.keys)}
+        places = {f"{section}.{name}" for section, names in sections.items() for name in names}
+        wrong = set(index.extension.domains).difference(schema.domains.names) | set(index.extension.missing) - places
+        if wrong:
+            raise UserError(f"{path}: extension names what the schema does not: {', '.join(sorted(wrong))[:99]}.")
     row_bytes = _least_row_bytes(index)
     domains, files = set(schema.domains.names), set()
     for shard in index.shards:

@@ -7,13 +7,14 @@ nothing of files' formats (see `sources`), of histories from events (`histories`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 
 from ..errors import UserError
-from ..schema import Feature, Schema
+from ..schema import Feature, Schema, Vocabulary
 from .casts import literal, no_id, quote, raw_id
 from .index import SPLITS
 from .sources import Source
@@ -29,8 +30,7 @@ def check_rows(source: Source, every_domain: bool) -> None:
         UserError: an unknown or missing domain name, a domain without rows if `every_domain` needs
             some, a label outside its range, a dense list of another width; says which value in which row.
     """
-    con, schema = source.con, source.schema
-    names = schema.domains.names
+    con, schema, names = source.con, source.schema, source.domains
     if "domains.column" in source.columns:
         column = source.columns["domains.column"]
         counts = dict(con.execute(f"SELECT {column}, count(*) FROM source GROUP BY 1").fetchall())
@@ -42,7 +42,7 @@ def check_rows(source: Source, every_domain: bool) -> None:
         if strange:
             listed = ", ".join(f"{name!r} ({counts[name]} rows)" for name in strange[:20])
             raise UserError(
-                f"column {raw!r} names domains that the schema does not: {listed}. It has: {', '.join(names)}."
+                f"column {raw!r} names domains that the schema does not: {listed}. Rows are of: {', '.join(names)}."
             )
         empty = [name for name in names if name not in counts]
         if empty and every_domain:
@@ -106,19 +106,22 @@ def tables_of(schema: Schema) -> dict[str, list[str]]:
     return tables
 
 
-def build_vocabularies(source: Source, reuse: str | None, warn: Callable[[str], None]) -> dict[str, int]:
-    """One table `vocabulary:<table>` (value, row) for every dictionary, and their sizes.
+def build_vocabularies(
+    source: Source, reuse: str | None, grow: Collection[str], warn: Callable[[str], None]
+) -> dict[str, Vocabulary]:
+    """One table `vocabulary:<table>` (value, row) for every dictionary, and the vocabularies with their sizes.
 
     Args:
         source: the input.
-        reuse: folder of an earlier build's vocabulary; its rows stay as they are, and values it
-            does not know become row 0.
-        warn: told how many values that are.
+        reuse: folder of an earlier build's vocabulary; its rows stay as they are.
+        grow: the tables that it has, if values that it does not know get rows after its own, and its sizes are
+            inherited. Without any, such values become row 0.
+        warn: told how many those are.
 
     Raises:
         UserError: an `integer` id outside its vocabulary, or a reused file that is missing or odd.
     """
-    con, schema, sizes = source.con, source.schema, {}
+    con, schema, found = source.con, source.schema, {}
     for table, names in tables_of(schema).items():
         vocabulary = schema.features[table].vocabulary
         if vocabulary.kind == "integer" and names:
@@ -134,8 +137,11 @@ def build_vocabularies(source: Source, reuse: str | None, warn: Callable[[str], 
         if vocabulary.kind != "dictionary":
             continue
         target = quote(f"vocabulary:{table}")
-        if reuse is not None:
-            sizes[table] = _reuse(source, table, target, Path(reuse) / f"{table}.parquet")
+        if table in grow:
+            found[table] = _grow(source, table, target, Path(reuse) / f"{table}.parquet", names)
+        elif reuse is not None and not grow:
+            size = _reuse(source, table, target, Path(reuse) / f"{table}.parquet")
+            found[table] = replace(vocabulary, size=size)
             unknown = 0
             if names:
                 strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value) WHERE n >= {source.first}"
@@ -149,10 +155,11 @@ def build_vocabularies(source: Source, reuse: str | None, warn: Callable[[str], 
                 )
         elif names:
             _number(con, target, _uses(source, names))
-            sizes[table] = con.execute(f"SELECT count(*) + 1 FROM {target}").fetchone()[0]
+            size = con.execute(f"SELECT count(*) + 1 FROM {target}").fetchone()[0]
+            found[table] = replace(vocabulary, size=size)
         else:
             raise UserError(f"table {table!r}: no feature brings values into it, so its vocabulary would be empty.")
-    return sizes
+    return found
 
 
 def _number(con, target: str, uses: str) -> None:
@@ -160,6 +167,26 @@ def _number(con, target: str, uses: str) -> None:
         f"CREATE TABLE {target} AS SELECT value, row_number() OVER (ORDER BY first, value) AS row "
         f"FROM (SELECT value, min(first) AS first FROM ({uses}) GROUP BY value)"
     )
+
+
+def _grow(source: Source, table: str, target: str, path: Path, names: list[str]) -> Vocabulary:
+    """An earlier build's dictionary, and after it the values of the features `names` that it does not know."""
+    con, vocabulary = source.con, source.schema.features[table].vocabulary
+    size = _reuse(source, table, target, path)
+    if size != vocabulary.size:
+        raise UserError(
+            f"{path} has rows up to {size - 1}, and the index of its data set {vocabulary.size} rows, so it is not the "
+            "vocabulary that the data set was built with: restore that one."
+        )
+    if names:
+        strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value)"
+        con.execute(
+            f"INSERT INTO {target} SELECT value, {size - 1} + row_number() OVER (ORDER BY first, value) "
+            f"FROM (SELECT value, min(first) AS first FROM {strangers} GROUP BY value)"
+        )
+    grown = con.execute(f"SELECT count(*) FROM {target} WHERE row >= {size}").fetchone()[0]
+    inherited = [*vocabulary.inherited, size] if grown else vocabulary.inherited
+    return replace(vocabulary, size=size + grown, inherited=inherited)
 
 
 def _reuse(source: Source, table: str, target: str, path: Path) -> int:
@@ -242,8 +269,10 @@ def encode(source: Source, split: Split | None, seed: int) -> None:
     con, schema, columns = source.con, source.schema, source.columns
     dealt = f"CASE WHEN s.n < {source.first} THEN -1 ELSE {split_sql(source, split, seed)} END"
     selected = ["s.n", f"CAST({dealt} AS TINYINT) AS split"]
-    domain = columns.get("domains.column")
-    position = f"list_position([{', '.join(map(literal, schema.domains.names))}], s.{domain}) - 1" if domain else "0"
+    domain, numbers = columns.get("domains.column"), schema.domains.names
+    position = str(numbers.index(source.domains[0]))
+    if domain:
+        position = f"list_position([{', '.join(map(literal, numbers))}], s.{domain}) - 1"
     selected.append(f"CAST({position} AS INTEGER) AS domain")
     joins = ""
     for i, (name, feature) in enumerate(schema.features.items()):

@@ -5,6 +5,7 @@ Reads every block once and keeps counts only. Knows no model.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import fsspec
@@ -15,44 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..strict import to_dict
-from .frequency import frequency
-from .index import SHARES, Frequency, Index, join, read_index
+from .frequency import IdCounter
+from .index import SHARES, Index, join, read_index
 from .reader import ShardReader
 from .remote import DEFAULT_RETRY, Retry
 from .rows import Ragged, Rows
-
-
-class _Counter:
-    """Counts of integers, merged in bulk; memory is that of the distinct ones."""
-
-    def __init__(self) -> None:
-        self.values = self.counts = np.zeros(0, np.int64)
-        self.pending: list[tuple[np.ndarray, np.ndarray]] = []
-        self.num_pending = 0
-
-    def add(self, values: np.ndarray) -> None:
-        self.pending.append(np.unique(values, return_counts=True))
-        self.num_pending += len(self.pending[-1][0])
-        # Merging only when as much is pending as is held keeps the whole linear.
-        if self.num_pending > max(len(self.values), 100_000):
-            self.merge()
-
-    def merge(self) -> None:
-        values = np.concatenate([self.values, *(v for v, _ in self.pending)]).astype(np.int64)
-        counts = np.concatenate([self.counts, *(c for _, c in self.pending)]).astype(np.int64)
-        self.values, inverse = np.unique(values, return_inverse=True)
-        self.counts = np.bincount(inverse, counts, len(self.values)).astype(np.int64)
-        self.pending, self.num_pending = [], 0
-
-    def top(self, k: int) -> list[tuple[int, int]]:
-        self.merge()
-        order = np.lexsort((self.values, -self.counts))[:k]
-        return [(int(self.values[i]), int(self.counts[i])) for i in order]
-
-    def frequency(self, rows: int) -> Frequency:
-        self.merge()
-        uses, ids = np.unique(self.counts, return_counts=True)
-        return frequency(uses[::-1], ids[::-1], rows)
 
 
 class _Lengths:
@@ -81,13 +49,15 @@ def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, 
         retry: of every read.
 
     Returns:
-        `name`, `split`, `rows`, `blocks`, `shards`, `bytes`, `time`, `tokenizer`; `generations` with
-        number, rows and shards, the first being the build and the others appended; `domains` with
+        `name`, `split`, `rows`, `blocks`, `shards`, `bytes`, `time`, `tokenizer`, `prefixes` of
+        texts by role; `extension`, what of the schema the rows carry where it extends another's (else None);
+        `generations` with number, rows and shards, the first being the build and the others appended; `domains` with
         rows and per label valid, positive (at least half the maximum), missing, `rate` (positive /
         valid) and mean; `features` with role, kind, table, null share (from the index), lengths
         over all rows (empty and null are 0), `tokens` of its texts as used, and the index's `frequency`, which is
-        of the rows that were built; `tables` with size (None where any id may come), distinct ids used, `frequency`
-        over all rows and features, and the most frequent ids with their raw values if the vocabulary is there.
+        of the rows that were built; `tables` with size (None where any id may come), `inherited` (the sizes that it had
+        in the data sets that this one extends), distinct ids used, `frequency` over all rows and features, and the most
+        frequent ids with their raw values if the vocabulary is there.
 
     Raises:
         UserError: no data set there, or a damaged block.
@@ -98,7 +68,7 @@ def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, 
     lengths = {name: _Lengths() for name, f in schema.features.items() if f.kind != "dense"}
     tokens = {name: _Lengths() for name in schema.select(kinds=("text", "texts"))}
     dense = {name: {"count": 0, "sum": 0.0, "min": np.inf, "max": -np.inf} for name in schema.select(kinds=("dense",))}
-    tables = {name: _Counter() for name in schema.table_sizes()}
+    tables = {name: IdCounter() for name in schema.table_sizes()}
     labels = [{name: {"valid": 0, "positive": 0, "missing": 0, "sum": 0.0} for name in schema.labels} for _ in names]
     reader = ShardReader(root, index, list(schema.features), with_tokens=True, retry=retry)
     for number, (shard, _) in enumerate(reader.places):
@@ -146,6 +116,8 @@ def inspect(root: str, top: int = 5, retry: Retry = DEFAULT_RETRY) -> dict[str, 
         "bytes": sum(shard.bytes for shard in index.shards),
         "time": [min(times), max(times)] if times else None,
         "tokenizer": index.tokenizer.name if index.tokenizer else None,
+        "prefixes": dict(index.tokenizer.prefixes) if index.tokenizer else {},
+        "extension": to_dict(index.extension) if index.extension else None,
         "generations": _generations(index),
         "domains": {
             name: {"rows": index.rows_of(name), "labels": {k: _rates(v) for k, v in labels[i].items()}}
@@ -196,13 +168,14 @@ def _rates(counts: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _table(root: str, index: Index, table: str, counter: _Counter, top: int) -> dict[str, Any]:
+def _table(root: str, index: Index, table: str, counter: IdCounter, top: int) -> dict[str, Any]:
     frequent = counter.top(top)
     kind = index.schema.features[table].vocabulary.kind
     raw = _raw_values(root, table, [row for row, _ in frequent]) if kind == "dictionary" else {}
     return {
         "vocabulary": kind,
         "size": index.schema.table_sizes()[table] if kind != "raw" else None,
+        "inherited": index.schema.features[table].vocabulary.inherited,
         "used": len(counter.values),
         "frequency": to_dict(counter.frequency(index.rows)),
         "top": [{"row": row, "count": count, "value": raw.get(row)} for row, count in frequent],
@@ -234,6 +207,11 @@ def print_inspection(inspection: dict[str, Any], console: Console | None = None)
         + (f", time {span[0]} .. {span[1]}" if span else "")
         + (f", tokenizer {inspection['tokenizer']}" if inspection["tokenizer"] else "")
     )
+    for role, prefix in inspection["prefixes"].items():
+        console.print(f"texts of role {role} begin with {escape(repr(prefix))}")
+    if (own := inspection["extension"]) is not None:
+        nulls = escape(f"; null in every row: {', '.join(own['missing'])}" if own["missing"] else "")
+        console.print(f"extends another data set by {escape(', '.join(own['domains']))}{nulls}")
     if len(inspection["generations"]) > 1:
         generations = Table("generation", "rows", "shards", title="Built (0) and appended")
         for entry in inspection["generations"]:
@@ -257,7 +235,7 @@ def print_inspection(inspection: dict[str, Any], console: Console | None = None)
     for name, table in inspection["tables"].items():
         shown = [(f"#{t['row']}" if t["value"] is None else escape(t["value"]), t["count"]) for t in table["top"]]
         frequent = ", ".join(f"{value} ({count:,})" for value, count in shown)
-        size = "any" if table["size"] is None else f"{table['size']:,}"
+        size = "any" if table["size"] is None else _grown([*table["inherited"], table["size"]])
         tables.add_row(name, table["vocabulary"], size, f"{table['used']:,}", frequent)
     console.print(tables)
     _print_frequencies(inspection, console)
@@ -273,6 +251,11 @@ def _print_frequencies(inspection: dict[str, Any], console: Console) -> None:
         numbers = [found[key] for key in ("rows", "occurrences", "distinct")]
         counted.add_row(name, *(f"{number:,}" for number in [*numbers, *(found["coverage"][s] for s in SHARES)]))
     console.print(counted)
+
+
+def _grown(sizes: list[int]) -> str:
+    """A vocabulary's size as the sum of what every data set brought."""
+    return " + ".join(f"{size - before:,}" for before, size in pairwise([0, *sizes]))
 
 
 def _number(value: float | None) -> str:

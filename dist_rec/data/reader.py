@@ -9,15 +9,16 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from webdataset.tariterators import tar_file_iterator
 
 from ..errors import UserError
-from .blocks import decode_block
+from .blocks import arrow_schema, decode_block
 from .index import TAR_UNIT, Index, join
 from .prefetch import Prefetch
 from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 from .rows import Rows
-from .validate import WrongSchema, check_member, member_payload
+from .validate import WrongSchema, check_member, member_payload, open_batch
 
 # How many lost blocks the last message names; `lost_summary` has them all.
 MOST_NAMED = 10
@@ -117,6 +118,21 @@ class ShardReader:
                 "to it, and run again."
             ) from None
 
+    def batch(self, number: int) -> pa.RecordBatch:
+        """A block's columns as they were written (`blocks.arrow_schema` of `Index.stored`), of any feature.
+
+        Raises:
+            UserError: it is damaged, of another schema than the index's, or has other rows than that says.
+        """
+        _, block = self.places[number]
+        where, member = self.where(number), self._ahead.take(number)
+        member = self.member(number) if member is None else member
+        payload = _read_tar(member, member_payload(member, block, where))
+        batch = open_batch(payload, arrow_schema(self.index.stored), where)
+        if batch.num_rows != block.rows:
+            raise UserError(f"{where}: has {batch.num_rows} rows, the index says {block.rows}. Build it again.")
+        return batch
+
     def decode(self, number: int, member: bytes) -> Rows:
         """The rows in the tar member of a block.
 
@@ -133,6 +149,7 @@ class ShardReader:
             self.domain_of[shard.domain],
             self.features,
             self.with_tokens,
+            self.index.stored,
         )
         if len(rows) != block.rows:
             raise UserError(f"{where}: has {len(rows)} rows, the index says {block.rows}. Build the data set again.")

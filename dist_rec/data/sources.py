@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import duckdb
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow as pa
 from ..errors import UserError, nearest
 from ..schema import Schema
 from .casts import COMPLAINT, FILE, SQL_TYPE, Need, Use, cast_sql, literal
+from .index import Extension
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Source:
     Attributes:
         con: the connection that holds it.
         schema: what it was read for.
+        domains: of the schema, that its rows may be of.
         columns: place in the schema (`features.title`, `keys.time`, ...) → column of the table.
         rows: its number of rows.
         first: rows before this one are past: events of histories, but not written.
@@ -58,6 +61,7 @@ class Source:
 
     con: duckdb.DuckDBPyConnection
     schema: Schema
+    domains: list[str]
     columns: dict[str, str] = field(default_factory=dict)
     rows: int = 0
     first: int = 0
@@ -80,13 +84,16 @@ def stream(con: duckdb.DuckDBPyConnection, query: str, batch_rows: int) -> Itera
         cursor.close()
 
 
-def needs_of(schema: Schema, split_columns: dict[str, str]) -> dict[str, Need]:
+def needs_of(schema: Schema, split_columns: dict[str, str], prefixes: Mapping[str, str]) -> dict[str, Need]:
     """Place in the schema → the raw column it needs. `split_columns` adds places of the split."""
     needs = {"domains.column": Need(schema.domains.column, "string")}
     use: dict[str, Use] = {"id": "string", "text": "string", "ids": "list", "texts": "list", "dense": "vector"}
     for name, feature in schema.features.items():
         if feature.events is None:
-            needs[f"features.{name}"] = Need(feature.column or name, use[feature.kind], feature.separator)
+            # What a history's texts tell of is items.
+            role = "item" if feature.role == "history" else feature.role
+            prefix = prefixes.get(role, "") if feature.kind in ("text", "texts") else ""
+            needs[f"features.{name}"] = Need(feature.column or name, use[feature.kind], feature.separator, prefix)
     for name, label in schema.labels.items():
         needs[f"labels.{name}"] = Need(label.column or name, "number")
     for key in ("user", "query", "time"):
@@ -105,10 +112,20 @@ def load(
     joins: tuple[Join, ...],
     split_columns: dict[str, str],
     past: tuple[str, ...] = (),
+    own: Extension | None = None,
+    prefixes: Mapping[str, str] = MappingProxyType({}),
 ) -> Source:
     """Read, cast and join everything that the schema needs into the table `source`.
 
-    The rows of `past`, globs too, come first.
+    Args:
+        con: where the table is made.
+        schema: what a row is; histories that `own` lacks are collected from no events (`extend.carried`).
+        sources: globs of the rows.
+        joins: side tables.
+        split_columns: place → column that the split needs.
+        past: globs of rows that come first.
+        own: what of the schema the tables carry; None is all. The rest is null.
+        prefixes: by role, what stands before its texts.
 
     Raises:
         UserError: no such files, an unreadable file, missing or ambiguous columns (all at once),
@@ -119,9 +136,11 @@ def load(
     earlier = [relation for pattern in past for relation in relations(con, pattern)]
     mains = earlier + [relation for pattern in sources for relation in relations(con, pattern)]
     sides = [(join, list(relations(con, join.path))) for join in joins]
-    needs = needs_of(schema, split_columns)
+    needs = needs_of(schema, split_columns, prefixes)
+    lacking = {place: needs.pop(place) for place in (own.missing if own else ()) if place in needs}
+    domains = own.domains if own else schema.domains.names
     main_columns = {c for relation in mains for c in relation.types}
-    if len(schema.domains.names) == 1 and not any(
+    if len(domains) == 1 and not any(
         schema.domains.column in columns
         for columns in [main_columns, *({c for r in parts for c in r.types} for _, parts in sides)]
     ):
@@ -150,12 +169,16 @@ def load(
             )
         selected += [f"s{i}.{names[need]}" for need in held]
         joined += f" LEFT JOIN side{i} s{i} ON s{i}.k = m.{key_names[keys[i]]}"
+    columns = {place: names[need] for place, need in needs.items()}
+    for place, need in lacking.items():
+        columns[place] = f"c{len(columns)}_null"
+        selected.append(f"NULL::{SQL_TYPE[need.use]} AS {columns[place]}")
     kind = "TABLE" if sides else "VIEW"
     con.execute(f"CREATE {kind} source AS SELECT {', '.join(selected)} FROM main_rows m{joined}")
     rows, first = sum(stored), sum(stored[: len(earlier)])
     if rows == first:
         raise UserError(f"the input has no rows: {', '.join(sources)}.")
-    return Source(con, schema, {place: names[need] for place, need in needs.items()}, rows, first)
+    return Source(con, schema, domains, columns, rows, first)
 
 
 def _homes(needs, mains, main_columns, sides) -> dict[Need, int | None]:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -25,12 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UserError
 from ..schema import Schema
-from ..strict import from_dict, to_dict
 from . import encode, frequency, histories, ingest
 from .blocks import KEY_NAMES, TEXT
 from .casts import literal, quote
 from .encode import Job, Pool, TextStore
-from .index import Frequency, Index, TokenizerInfo
+from .extend import carried
+from .index import Extension, Frequency, Index, TokenizerInfo
 from .sources import Join, load, stream
 from .split import Split, split_columns
 from .writer import DatasetWriter
@@ -58,6 +59,9 @@ class Input:
         past: globs of rows that are events of histories only.
         every_domain: whether each domain must have a row.
         count_ids: whether the index says how often ids occur.
+        own: what of the schema the rows carry; None is all.
+        grow: tables whose values that `vocabulary` does not know are numbered after its own; it knows no others.
+        prefixes: by role, what stands before its texts.
     """
 
     schema: Schema
@@ -69,6 +73,9 @@ class Input:
     past: tuple[str, ...] = ()
     every_domain: bool = True
     count_ids: bool = True
+    own: Extension | None = None
+    grow: frozenset[str] = frozenset()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_sizes(block_rows: int, shard_rows: int, workers: int | None) -> int:
@@ -80,9 +87,12 @@ def check_sizes(block_rows: int, shard_rows: int, workers: int | None) -> int:
     return workers or os.cpu_count() or 1
 
 
-def tokenizer_info(spec: str | None, path: Path | None, max_tokens: int) -> TokenizerInfo | None:
-    if path is None:
-        return None
+def tokenizer_info(spec: str, path: Path, max_tokens: int, prefixes: Mapping[str, str]) -> TokenizerInfo:
+    """What an index says of the tokenizer at `path`.
+
+    Raises:
+        UserError: it is none, or its special tokens leave no room for others.
+    """
     from tokenizers import Tokenizer
 
     data = path.read_bytes()
@@ -93,7 +103,8 @@ def tokenizer_info(spec: str | None, path: Path | None, max_tokens: int) -> Toke
         raise UserError(f"tokenizer {spec!r}: {path} is no tokenizer: {error}.") from None
     if special >= max_tokens:
         raise UserError(f"max_tokens {max_tokens} leaves no room beside the tokenizer's {special} special tokens.")
-    return TokenizerInfo(name=spec, fingerprint=hashlib.sha256(data).hexdigest(), max_length=max_tokens)
+    fingerprint = hashlib.sha256(data).hexdigest()
+    return TokenizerInfo(name=spec, fingerprint=fingerprint, max_length=max_tokens, prefixes=dict(prefixes))
 
 
 @contextmanager
@@ -161,11 +172,14 @@ def run(
     """
     with engine(work, workers, memory_limit) as con, _progress() as progress:
         schema, plan, frequencies = _prepare(con, given, work, progress)
-        prepared(con, schema)
+        events = {name: feature.events for name, feature in given.schema.features.items()}
+        whole = replace(schema, features={n: replace(f, events=events[n]) for n, f in schema.features.items()})
+        prepared(con, whole)
         pool = Pool(Job(schema, work, token_file, max_tokens), workers)
         try:
             _write_texts(con, schema, pool, work, texts, progress)
-            return _write_shards(con, schema, plan, frequencies, pool, open_writer, block_rows, shard_rows, progress)
+            opened = partial(open_writer, whole)
+            return _write_shards(con, schema, plan, frequencies, pool, opened, block_rows, shard_rows, progress)
         finally:
             pool.close()
 
@@ -173,21 +187,24 @@ def run(
 def _prepare(
     con, given: Input, work: Path, progress: Progress
 ) -> tuple[Schema, list[tuple[int, int, int]], dict[int, dict[str, Frequency]]]:
-    """Up to the tables `encoded` and `ranges`: the schema with its sizes, rows by split and domain, ids by split."""
-    schema, split = given.schema, given.split
+    """Up to the tables `encoded` and `ranges`: the schema with its sizes, rows by split and domain, ids by split.
+
+    The schema is that of what the rows carry (`extend.carried`).
+    """
+    schema, split = carried(given.schema, given.own), given.split
     step = progress.add_task("reading", total=None)
-    source = load(con, schema, given.sources, given.joins, split_columns(split, schema), given.past)
+    columns = split_columns(split, schema)
+    source = load(con, schema, given.sources, given.joins, columns, given.past, given.own, given.prefixes)
     ingest.check_rows(source, given.every_domain)
     progress.update(step, description="vocabularies")
-    sizes = ingest.build_vocabularies(source, given.vocabulary, log.warning)
+    vocabularies = ingest.build_vocabularies(source, given.vocabulary, given.grow, log.warning)
     aligned = any(len(group.features) > 1 for group in histories.groups_of(schema))
     num_texts = ingest.number_texts(source, with_empty=aligned)
     progress.update(step, description="rows")
     ingest.encode(source, split, given.seed)
     plan = list(ingest.counts(source, split))
-    tree = to_dict(schema)
-    for table, size in sizes.items():
-        tree["features"][table]["vocabulary"]["size"] = size
+    resolved = {name: replace(schema.features[name], vocabulary=known) for name, known in vocabularies.items()}
+    schema = replace(schema, features=schema.features | resolved)
     progress.update(step, description="histories")
     empty = con.execute(f"SELECT row - 1 FROM {ingest.TEXTS} WHERE value = ''").fetchone() if num_texts else None
     train_only = split is not None and split.kind != "time"
@@ -201,7 +218,7 @@ def _prepare(
         "OR table_name LIKE 'list:%' OR table_name LIKE 'side%' ORDER BY table_type DESC"
     ).fetchall():
         con.execute(f"DROP {'VIEW' if kind == 'VIEW' else 'TABLE'} {quote(name)}")
-    return from_dict(Schema, tree, "schema"), plan, frequencies
+    return schema, plan, frequencies
 
 
 def _write_texts(con, schema: Schema, pool: Pool, work: Path, path: Path, progress: Progress) -> None:
@@ -257,7 +274,7 @@ def _write_shards(con, schema, plan, frequencies, pool, open_writer, block_rows,
             if number != written:
                 if writer is not None:
                     indexes.append(writer.close(frequencies.get(written)))
-                writer, written = open_writer(schema, number), number
+                writer, written = open_writer(number), number
             writer.add(domain, block)
             progress.advance(bar, block.rows)
         indexes.append(writer.close(frequencies.get(written)))

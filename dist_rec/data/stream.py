@@ -18,9 +18,9 @@ from ..errors import UserError
 from .batch import Batch, make_batch
 from .order import Order, Piece
 from .reader import ShardReader
-from .rows import Rows
+from .rows import Ragged, Rows
 from .textpool import TextPool
-from .vocabulary import IdMap
+from .vocabulary import IdMap, IdParts
 from .window import Window, cut
 
 
@@ -121,7 +121,7 @@ class Stream:
         reader: of the data set's blocks.
         order: the data set's canonical order.
         rank, world_size: which streams this rank serves.
-        vectors: looks up frozen text vectors (see `make_batch`).
+        vectors: gives frozen text vectors (see `make_batch`).
         id_maps: what becomes of features' ids (see `make_batch`).
         read_ahead: batches kept ready.
     """
@@ -133,8 +133,8 @@ class Stream:
         *,
         rank: int = 0,
         world_size: int = 1,
-        vectors: Callable[[np.ndarray], np.ndarray] | None = None,
-        id_maps: Mapping[str, IdMap] | None = None,
+        vectors: Callable[[np.ndarray, Ragged | None], np.ndarray] | None = None,
+        id_maps: Mapping[str, IdMap | IdParts] | None = None,
         read_ahead: int = 4,
     ) -> None:
         if world_size > order.streams:

@@ -7,7 +7,11 @@ A table has the rows of its schema's vocabulary unless `tables.overrides` gives 
     managed N  mix(id); managed collision finds it a row        a table cuts ids into one range a rank
 
 `mix` is a bijection of 0 .. RAW_IDS - 1, after which ids that were counted up, or that carry meaning in some of their
-bits, lie evenly over the whole range; `unmix` undoes it. Knows neither tables nor ranks.
+bits, lie evenly over the whole range; `unmix` undoes it.
+
+A dictionary that extends earlier ones (`Vocabulary.inherited`), and that the config gives none of these, is *divided*:
+rows that an earlier one had are a table of their own, NAME, and what was added by and by NAME@1, NAME@2. A batch then
+has keys f, f@1, f@2 for every feature f of it. Knows neither ranks nor what tables are made of.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from ..errors import UserError
 from ..schema import RAW_IDS, Schema
 from .rows import Ragged
 
+# Between a name and the number of a part; no name of a feature has it.
+PART = "@"
 BITS = 63
 _MASK = np.uint64(2**BITS - 1)
 # Doug Lea's mixer, whose shift of more than half the bits undoes itself, here modulo 2 ** 63.
@@ -109,13 +115,70 @@ class IdMap:
         return mixed % self.rows if self.kind == "hash" else mixed
 
 
+@dataclass(frozen=True)
+class IdParts:
+    """How a feature's ids are dealt to the parts of its divided vocabulary.
+
+    Attributes:
+        firsts: the first row of every part, ascending from 0.
+    """
+
+    firsts: tuple[int, ...]
+
+    def __call__(self, ids: Ragged) -> tuple[list[Ragged], np.ndarray]:
+        """Deal n rows' lists.
+
+        Returns:
+            Of every part the n rows' lists, int64, counted from the part's first row; and int64 `[values]`, where every
+            value stands when the parts' values stand one after the other.
+        """
+        part = np.searchsorted(self.firsts, ids.values, side="right") - 1
+        row = np.repeat(np.arange(len(ids)), ids.lengths)
+        place, found, before = np.empty(len(part), np.int64), [], 0
+        for number, first in enumerate(self.firsts):
+            here = part == number
+            values = ids.values[here].astype(np.int64) - first
+            found.append(Ragged.from_lengths(values, np.bincount(row[here], minlength=len(ids))))
+            place[here] = np.arange(before, before + len(values))
+            before += len(values)
+        return found, place
+
+
+def part_name(name: str, number: int) -> str:
+    """What part `number` of a divided vocabulary, or a feature's key to it, is called."""
+    return f"{name}{PART}{number}" if number else name
+
+
+def undivided(name: str) -> str:
+    """The vocabulary, or feature, of which this may be a part's name."""
+    return name.partition(PART)[0]
+
+
+def tables_of(schema: Schema, overrides: Mapping[str, TableConfig]) -> dict[str, range]:
+    """Every table by name, and which ids of the schema's vocabulary are its rows, unless the config says otherwise."""
+    found = {}
+    for name, size in schema.table_sizes().items():
+        firsts = _firsts(schema, overrides, name)
+        for number, (first, end) in enumerate(zip(firsts, [*firsts[1:], size], strict=True)):
+            found[part_name(name, number)] = range(first, end)
+    return found
+
+
+def _firsts(schema: Schema, overrides: Mapping[str, TableConfig], table: str) -> list[int]:
+    """The first rows of a vocabulary's parts; a data set that added nothing has none."""
+    vocabulary = schema.features[table].vocabulary
+    if _override(overrides, table) is not None:
+        return [0]
+    return sorted({0, *(size for size in vocabulary.inherited if size < vocabulary.size)})
+
+
 def _override(overrides: Mapping[str, TableConfig], table: str) -> tuple[str, int] | None:
     """Kind and N of a table's vocabulary where the config gives it one."""
     given = {key: getattr(overrides[table], key) for key in VOCABULARY_KEYS} if table in overrides else {}
     return next(((key, rows) for key, rows in given.items() if rows is not None), None)
 
 
-def _tables_of(schema: Schema, features: Sequence[str]) -> dict[str, str]:
+def _users_of(schema: Schema, features: Sequence[str]) -> dict[str, str]:
     """The table of every id or ids feature among `features`."""
     return {name: schema.table_of(name) for name in features if schema.features[name].kind in ("id", "ids")}
 
@@ -123,7 +186,15 @@ def _tables_of(schema: Schema, features: Sequence[str]) -> dict[str, str]:
 def vocabulary_faults(schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]) -> list[str]:
     """What is wrong with the vocabularies that a config gives to the tables of `features`, one entry a fault."""
     faults, sizes = [], schema.table_sizes()
-    for table in dict.fromkeys(_tables_of(schema, features).values()):
+    for name, given in overrides.items():
+        whole = undivided(name)
+        wrong = [key for key in ("dim", *VOCABULARY_KEYS) if getattr(given, key) is not None]
+        if whole != name and wrong:
+            faults.append(
+                f"tables.overrides.{name}: {', '.join(wrong)} can be said of {whole} as a whole only: its parts answer "
+                "for the same features"
+            )
+    for table in dict.fromkeys(_users_of(schema, features).values()):
         kind, found = schema.features[table].vocabulary.kind, _override(overrides, table)
         if kind == "raw" and found is None:
             faults.append(
@@ -139,18 +210,22 @@ def vocabulary_faults(schema: Schema, overrides: Mapping[str, TableConfig], feat
     return faults
 
 
-def id_maps(schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]) -> dict[str, IdMap]:
-    """The map of every feature whose stored ids are not the rows of its table already.
+def id_maps(
+    schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]
+) -> dict[str, IdMap | IdParts]:
+    """The map of every feature whose stored ids are not the rows of one table already.
 
     Args:
         schema: the data set's.
         overrides: of the config, without `vocabulary_faults`.
         features: those that the run reads.
     """
-    maps = {}
-    for name, table in _tables_of(schema, features).items():
+    maps: dict[str, IdMap | IdParts] = {}
+    for name, table in _users_of(schema, features).items():
         found = _override(overrides, table)
         # Ids of the other vocabularies were checked against their own size when they were read.
         if found is not None and (found[0] != "size" or schema.features[table].vocabulary.kind == "raw"):
             maps[name] = IdMap(found[0], found[1], table)
+        elif len(firsts := _firsts(schema, overrides, table)) > 1:
+            maps[name] = IdParts(tuple(firsts))
     return maps

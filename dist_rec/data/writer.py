@@ -13,7 +13,7 @@ from pathlib import Path
 from ..files import sync
 from ..schema import Schema
 from .encode import EncodedBlock, FeatureCounts
-from .index import BlockInfo, FeatureStatistics, Frequency, Index, ShardInfo, TokenizerInfo
+from .index import BlockInfo, Extension, FeatureStatistics, Frequency, Index, ShardInfo, TokenizerInfo
 
 
 def file_stems(domains: list[str]) -> list[str]:
@@ -60,6 +60,7 @@ class DatasetWriter:
         tokenizer: whose token ids the blocks carry.
         shard_rows: a tar is closed once it holds this many rows.
         previous: index of the data set that the tars are appended to, if any.
+        extension: what of the schema the rows carry, where that is not all; `previous` knows it.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class DatasetWriter:
         tokenizer: TokenizerInfo | None,
         shard_rows: int,
         previous: Index | None = None,
+        extension: Extension | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.split, self.schema, self.tokenizer = folder, split, schema, tokenizer
         self.shard_rows, self.previous = shard_rows, previous
+        self.extension = previous.extension if previous else extension
         self.generation = previous.generation + 1 if previous else 0
         self.stems = file_stems(schema.domains.names)
         self.shards: list[ShardInfo] = []
@@ -165,6 +168,7 @@ class DatasetWriter:
             split=self.split,
             schema=self.schema,
             tokenizer=self.tokenizer,
+            extension=self.extension,
             statistics={
                 name: FeatureStatistics(
                     null_share=counts.nulls / rows,

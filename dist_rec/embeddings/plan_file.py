@@ -26,7 +26,7 @@ LARGEST = 64 << 20
 LISTED, SHOWN = 20, 100
 MOST_ROWS = 2**62
 # What of a table a plan depends on.
-OF_A_TABLE = ("rows", "dim", "precision", "kernel", "managed")
+OF_A_TABLE = ("rows", "dim", "precision", "kernel", "managed", "frozen")
 AGAIN = "Plan again with `dist-rec plan CONFIG --out FILE`."
 
 
@@ -39,6 +39,7 @@ class PlannedTable:
     precision: str
     kernel: str
     managed: bool = Field(strict=True)
+    frozen: bool = Field(default=False, strict=True)
 
 
 @strict

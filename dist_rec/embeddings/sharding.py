@@ -1,19 +1,22 @@
 """Sharded tables: `DistributedModelParallel` over a plan, with the optimizer inside backward.
 
 All but data-parallel ones, which every rank holds whole: TorchRec only averages their gradients, and `Replicated`
-steps them.
+steps them. Frozen tables step by no means.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardedTensor, ShardingEnv, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -39,9 +42,15 @@ def optimizer_arguments(config: TablesConfig) -> dict[str, float]:
     return arguments
 
 
-def attach_optimizer(tables: nn.Module, config: TablesConfig) -> None:
-    """Name the optimizer that steps inside backward. Comes before planning, which counts its state."""
-    apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], tables.parameters(), optimizer_arguments(config))
+def attach_optimizer(tables: EmbeddingTables, config: TablesConfig) -> None:
+    """Name the optimizer that steps inside backward. Comes before planning, which counts its state.
+
+    Nothing runs backward through frozen tables. They get one without state whose rate is 0, for fbgemm's kernels
+    without any come with a rate of their own.
+    """
+    trained = tables.trained.parameters()
+    apply_optimizer_in_backward(OPTIMIZERS[config.optimizer], trained, optimizer_arguments(config))
+    apply_optimizer_in_backward(torch.optim.SGD, tables.frozen.parameters(), {"lr": 0.0})
 
 
 def ranks_per_host(local_world_size: int, specs: list[TableSpec], device: torch.device) -> int:
@@ -72,16 +81,18 @@ class Replicated:
 
     Args:
         weights: of each table `[rows, dim]`, as TorchRec has them; their gradients are means over ranks.
+        frozen: names of those that stay as they are.
     """
 
-    def __init__(self, weights: dict[str, nn.Parameter], config: TablesConfig) -> None:
+    def __init__(self, weights: dict[str, nn.Parameter], config: TablesConfig, frozen: Collection[str] = ()) -> None:
         # TorchRec's are slices of one flat parameter, of which a rank's optimizer states would be slices, too.
         self.parameters = {n: nn.Parameter(w.detach().as_subclass(Tensor)) for n, w in weights.items()}
-        self._weights = weights
+        self._weights = {name: weight for name, weight in weights.items() if name not in frozen}
         self.optimizer: Optimizer | None = None
-        if weights:
+        if self._weights:
             arguments = optimizer_arguments(config)
-            self.optimizer = OPTIMIZERS[config.optimizer](self.parameters.values(), **arguments)
+            stepped = [self.parameters[name] for name in self._weights]
+            self.optimizer = OPTIMIZERS[config.optimizer](stepped, **arguments)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -98,7 +109,7 @@ class Replicated:
 
     def state(self, table: str) -> dict[str, Tensor]:
         """The live optimizer state of a table by the kernels' names: of its shape, or `[rows]`."""
-        found = self.optimizer.state[self.parameters[table]]
+        found = self.optimizer.state[self.parameters[table]] if table in self._weights else {}
         if "sum" not in found:
             return {}
         total = found["sum"]
@@ -106,9 +117,11 @@ class Replicated:
 
 
 class ShardedTables(DistributedModelParallel):
-    """`EmbeddingTables` under a plan; `replicated` are those of its tables that every rank holds whole."""
+    """`EmbeddingTables` under a plan; `replicated` are those of its tables that every rank holds whole, `frozen` the
+    names of those that stay as they are."""
 
     replicated: Replicated
+    frozen: frozenset[str]
 
 
 def shard(
@@ -138,8 +151,20 @@ def shard(
     start_managed(sharded, config, seed)
     types = {name: sharding.sharding_type for module in plan.plan.values() for name, sharding in module.items()}
     weights = {path.split(".")[-2]: weight for path, weight in sharded.named_parameters()}
-    sharded.replicated = Replicated({n: weights[n] for n, kind in types.items() if kind == DATA_PARALLEL}, config)
+    copied = {n: weights[n] for n, kind in types.items() if kind == DATA_PARALLEL}
+    sharded.frozen = frozenset(spec.name for spec in specs if spec.frozen)
+    sharded.replicated = Replicated(copied, config, sharded.frozen)
+    _without_gradients(tables.frozen)
     return sharded
+
+
+def _without_gradients(collections: nn.Module) -> None:
+    """Let go of the memory, as much as the weights', in which TorchRec would sum up the gradients of copied tables."""
+    for module in collections.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            module._lookups = [
+                lookup.module if isinstance(lookup, DistributedDataParallel) else lookup for lookup in module._lookups
+            ]
 
 
 def _fill(shard: Tensor, spec: TableSpec, config: TablesConfig, seed: int, row: int, column: int) -> None:

@@ -1,25 +1,29 @@
 """The embedding tables of a schema as TorchRec collections, unsharded, and their exact start.
 
 A table that a history reads must keep its vectors apart, so it lives with all its features in
-the `EmbeddingCollection` of its width; every other table lives in an `EmbeddingBagCollection`. Knows nothing
-of ranks: `sharding.py` places what is made here.
+the `EmbeddingCollection` of its width; every other table lives in an `EmbeddingBagCollection`. Tables that stay
+as they are, *frozen* ones, live in collections of their own, which are read outside of autograd: there is no gradient
+to compute or to send. Knows nothing of ranks: `sharding.py` places what is made here.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from ..config import TableConfig, TablesConfig, check_names
 from ..data.batch import Batch
-from ..data.vocabulary import vocabulary_faults
+from ..data.vocabulary import tables_of, undivided, vocabulary_faults
 from ..errors import UserError
 from ..schema import Schema
 from .managed import manage
@@ -39,14 +43,15 @@ class TableSpec:
     """One table.
 
     Attributes:
-        name: of the feature that owns its vocabulary.
+        name: of the feature that owns its vocabulary; NAME@1 and so on of the parts that extensions added to it.
         rows, dim: its shape.
-        features: who looks up in it, in schema order.
+        features: the keys of a batch's ids that are looked up in it, in schema order: features, or f@1 and so on.
         sequence: whether a history does, so that vectors are not pooled.
         sharding: the sharding type that the config asks for, `auto` if the planner may choose.
         precision: of weights, `fp32` or `fp16`.
         kernel: `fused`, `fused_uvm` or `fused_uvm_caching`.
         managed: whether ids get their rows by managed collision.
+        frozen: whether it stays as it is.
     """
 
     name: str
@@ -58,6 +63,12 @@ class TableSpec:
     precision: str = "fp32"
     kernel: str = "fused"
     managed: bool = False
+    frozen: bool = False
+
+    @property
+    def vocabulary(self) -> str:
+        """The feature that owns its vocabulary."""
+        return undivided(self.name)
 
     @property
     def replicable(self) -> bool:
@@ -65,34 +76,44 @@ class TableSpec:
         return not (self.sequence or self.managed) and self.precision == "fp32" and self.kernel == "fused"
 
 
-def table_specs(schema: Schema, config: TablesConfig, features: list[str]) -> list[TableSpec]:
+def table_specs(
+    schema: Schema, config: TablesConfig, features: list[str], frozen: Collection[str] = ()
+) -> list[TableSpec]:
     """The tables that the used `features` need.
 
+    Args:
+        frozen: names of those that stay as they are.
+
     Raises:
-        UserError: an override names no table, or a table asks for what the engines cannot do; all faults, one a line.
+        UserError: an override names no table, a table asks for what the engines cannot do, or `frozen` is not of
+            these; all faults, one a line.
     """
-    sizes = schema.table_sizes()
-    faults = check_names(list(sizes), list(config.overrides), "tables.overrides")
+    tables = tables_of(schema, config.overrides)
+    faults = check_names(list(tables), list(config.overrides), "tables.overrides")
     faults += vocabulary_faults(schema, config.overrides, features)
     specs = []
-    for name, vocabulary_rows in sizes.items():
-        users = tuple(f for f in features if schema.features[f].kind in ("id", "ids") and schema.table_of(f) == name)
+    for name, ids in tables.items():
+        whole = undivided(name)
+        users = [f for f in features if schema.features[f].kind in ("id", "ids") and schema.table_of(f) == whole]
         if not users:
             continue
-        override = config.overrides.get(name, TableConfig())
+        # What is said of the vocabulary holds for every part of it that nothing else is said of.
+        override, part = config.overrides.get(whole, TableConfig()), config.overrides.get(name, TableConfig())
         specs.append(
             TableSpec(
                 name=name,
-                rows=override.size or override.hash or override.managed or vocabulary_rows,
+                rows=override.size or override.hash or override.managed or len(ids),
                 dim=override.dim or config.dim,
-                features=users,
-                sequence=any(schema.features[f].role == "history" for f in users),
-                sharding=override.sharding or config.sharding,
-                precision=override.precision or config.precision,
-                kernel=override.kernel or config.kernel,
+                features=tuple(user + name.removeprefix(whole) for user in users),
+                sequence=any(schema.features[user].role == "history" for user in users),
+                sharding=part.sharding or override.sharding or config.sharding,
+                precision=part.precision or override.precision or config.precision,
+                kernel=part.kernel or override.kernel or config.kernel,
                 managed=override.managed is not None,
+                frozen=name in frozen,
             )
         )
+    faults += check_names([spec.name for spec in specs], sorted(frozen), "frozen tables")
     if not specs and not faults:
         faults.append("no id or ids feature is left, and a run without any table is not offered: keep one")
     faults += [f"{spec.name}: {fault}" for spec in specs for fault in _faults_of(spec)]
@@ -179,14 +200,10 @@ def _by_width(specs: list[TableSpec], device: torch.device) -> dict[str, Embeddi
 LookedUp = tuple[list[KeyedTensor], list[dict[str, JaggedTensor]]]
 
 
-class EmbeddingTables(nn.Module):
-    """All tables of a model: `vectors(tables(batch), batch)`.
+class _Collections(nn.Module):
+    """Tables in as few collections as there can be."""
 
-    `forward` only looks up, in one call a collection that TorchRec's pipeline can trace and run
-    ahead; `vectors` makes of the answer what models take.
-    """
-
-    def __init__(self, specs: list[TableSpec], schema: Schema, config: TablesConfig, device: torch.device) -> None:
+    def __init__(self, specs: list[TableSpec], config: TablesConfig, device: torch.device) -> None:
         super().__init__()
         bags = [s for s in specs if not s.sequence and not s.managed]
         managed_bags = [s for s in specs if not s.sequence and s.managed]
@@ -198,33 +215,73 @@ class EmbeddingTables(nn.Module):
         self.sequences = nn.ModuleDict(_by_width([s for s in sequences if not s.managed], device))
         managed = _by_width([s for s in sequences if s.managed], device)
         self.managed_sequences = nn.ModuleDict({n: manage(one, config.managed, device) for n, one in managed.items()})
-        used = [f for s in sequences for f in s.features]
-        self.history_features = [f for f in used if schema.features[f].role == "history"]
-        self.single_features = [f for f in used if schema.features[f].role != "history"]
-        self.list_features = {f for s in specs for f in s.features if schema.features[f].kind == "ids"}
-        self.list_features -= set(self.history_features)
+
+    def forward(self, ids: KeyedJaggedTensor) -> LookedUp:
+        bags = [self.bags(ids)] if self.bags is not None else []
+        # Managed collections answer with vectors and, if asked, with the rows they found.
+        bags += [self.managed_bags(ids)[0]] if self.managed_bags is not None else []
+        sequences = [sequences(ids) for sequences in self.sequences.values()]
+        return bags, sequences + [sequences(ids)[0] for sequences in self.managed_sequences.values()]
+
+
+def _by_key(looked_up: LookedUp) -> tuple[dict[str, Tensor], dict[str, JaggedTensor]]:
+    """Waits for the vectors of every key, pooled and not."""
+    bags, by_width = looked_up
+    return (
+        {key: vectors for one in bags for key, vectors in one.to_dict().items()},
+        {key: jagged for one in by_width for key, jagged in one.items()},
+    )
+
+
+class EmbeddingTables(nn.Module):
+    """All tables of a model: `vectors(tables(batch), batch)`.
+
+    `forward` only looks up, in one call a collection that TorchRec's pipeline can trace and run
+    ahead; `vectors` makes of the answer what models take.
+    """
+
+    def __init__(self, specs: list[TableSpec], schema: Schema, config: TablesConfig, device: torch.device) -> None:
+        super().__init__()
+        self.trained = _Collections([s for s in specs if not s.frozen], config, device)
+        self.frozen = _Collections([s for s in specs if s.frozen], config, device)
+        self.single_keys = [
+            key for s in specs if s.sequence for key in s.features if schema.features[undivided(key)].role != "history"
+        ]
+        # By feature, the keys of its parts.
+        self.pooled: dict[str, list[str]] = {}
+        self.histories: dict[str, list[str]] = {}
+        for key in (key for s in specs for key in s.features):
+            of_role = self.histories if schema.features[undivided(key)].role == "history" else self.pooled
+            of_role.setdefault(undivided(key), []).append(key)
+        self.list_features = {f for f in self.pooled if schema.features[f].kind == "ids"}
         self.mean = config.pooling == "mean"
 
-    def forward(self, batch: Batch) -> LookedUp:
-        bags = [self.bags(batch.ids)] if self.bags is not None else []
-        # Managed collections answer with vectors and, if asked, with the rows they found.
-        bags += [self.managed_bags(batch.ids)[0]] if self.managed_bags is not None else []
-        sequences = [sequences(batch.ids) for sequences in self.sequences.values()]
-        return bags, sequences + [sequences(batch.ids)[0] for sequences in self.managed_sequences.values()]
+    def train(self, mode: bool = True) -> Self:
+        """Frozen tables stay as in evaluation, in which managed ids get no rows and lose none."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
 
-    def vectors(self, looked_up: LookedUp, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: Batch) -> tuple[LookedUp, LookedUp]:
+        """What the trained tables found, and the frozen ones."""
+        trained = self.trained(batch.ids)
+        with torch.no_grad():
+            return trained, self.frozen(batch.ids)
+
+    def vectors(self, looked_up: tuple[LookedUp, LookedUp], batch: Batch) -> dict[str, Tensor]:
         """Per feature `[B, dim]`, pooled over the row's ids and zero where it has none; per history
         feature `[N, dim]`, the vectors of all events, rows concatenated."""
-        bags, by_width = looked_up
-        found = {name: vectors for one in bags for name, vectors in one.to_dict().items()}
-        sequences = {name: jagged for one in by_width for name, jagged in one.items()}
-        found |= {name: _pooled(sequences[name]) for name in self.single_features}
+        (pooled, sequences), (still_pooled, still_sequences) = map(_by_key, looked_up)
+        pooled, sequences = pooled | still_pooled, sequences | still_sequences
+        pooled |= {key: _pooled(sequences[key]) for key in self.single_keys}
+        found = {name: reduce(add, (pooled[key] for key in keys)) for name, keys in self.pooled.items()}
         if self.mean:
-            lengths = batch.ids.lengths().view(len(batch.ids.keys()), len(batch), 1)
-            for i, name in enumerate(batch.ids.keys()):
+            for name, lengths in batch.id_lengths().items():
                 if name in self.list_features:
-                    found[name] = found[name] / lengths[i].clamp(min=1)
-        found |= {name: sequences[name].values() for name in self.history_features}
+                    found[name] = found[name] / lengths[:, None].clamp(min=1)
+        for name, keys in self.histories.items():
+            parts = [sequences[key].values() for key in keys]
+            found[name] = parts[0] if len(keys) == 1 else torch.cat(parts).index_select(0, batch.event_places[name])
         return found
 
 
@@ -236,7 +293,8 @@ def initial_rows(spec: TableSpec, config: TablesConfig, seed: int, start: int, s
     parts = []
     for chunk in range(start // INIT_CHUNK_ROWS, -(-stop // INIT_CHUNK_ROWS)):
         first = chunk * INIT_CHUNK_ROWS
-        generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(f"{spec.name}/{chunk}".encode()))
+        # torch's CPU generator reads the low 32 bits of a seed only.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{spec.name}/{chunk}".encode()))
         rows = torch.randn(min(INIT_CHUNK_ROWS, spec.rows - first), spec.dim, generator=generator)
         parts.append(rows[max(start - first, 0) : stop - first])
     return torch.cat(parts) * config.init_std

@@ -73,8 +73,7 @@ class ExpertLevel(nn.Module):
         rows, groups, specific = common.shape[0], self.groups, self.num_specific
         every = sizes.sum(0, keepdim=True)
         experts = self.shared(common, every)
-        gates = self.gate(own, sizes)
-        gates = torch.softmax(gates.view(rows, self.mixtures, specific + self.num_shared), 2)
+        gates = self.weights(own, sizes)
         mixed = torch.bmm(gates[:, :, specific:], experts)
         if specific:
             mine = self.specific(own, every if self.by_task else sizes)
@@ -82,8 +81,21 @@ class ExpertLevel(nn.Module):
             mixed = mixed + torch.bmm(weights, mine.view(rows * groups, specific, -1)).view_as(mixed)
             experts = torch.cat([mine, experts], 1)
         if not self.last:
-            common = torch.bmm(torch.softmax(self.shared_gate(common, sizes), 2), experts)
+            common = torch.bmm(self.shared_weights(common, sizes), experts)
         return common, mixed
+
+    def weights(self, own: Tensor, sizes: Tensor) -> Tensor:
+        """What each mixture gives its group's P experts and the E shared ones, `[B, M, P + E]`, adding up to 1.
+
+        M is the number of tasks on the last level, of groups before it; arguments as `forward`.
+        """
+        gates = self.gate(own, sizes)
+        return torch.softmax(gates.view(len(own), self.mixtures, self.num_specific + self.num_shared), 2)
+
+    def shared_weights(self, common: Tensor, sizes: Tensor) -> Tensor:
+        """What the shared gate, which the last level lacks, gives the G * P specific and the E shared experts of a
+        row, `[B, 1, G * P + E]`."""
+        return torch.softmax(self.shared_gate(common, sizes), 2)
 
 
 class SharedBottom(nn.Module):

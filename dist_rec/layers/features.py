@@ -15,13 +15,6 @@ from torch.nn import functional as F
 from ..data.batch import Batch
 
 
-def id_lengths(batch: Batch) -> dict[str, Tensor]:
-    """How many ids each row has of each `id` and `ids` feature: int64 `[B]` by feature name."""
-    keys = batch.ids.keys()
-    lengths = batch.ids.lengths().view(len(keys), len(batch))
-    return dict(zip(keys, lengths.unbind(0), strict=True))
-
-
 class Columns:
     """The features of one role that are concatenated: pooled embeddings, then dense columns.
 
@@ -42,7 +35,7 @@ class Columns:
 
         Args:
             embeddings: pooled `[B, dim]` by feature.
-            lengths: of `id_lengths`.
+            lengths: of `Batch.id_lengths`.
             batch: its `dense` columns, NaN where null.
             dtype: of the result.
 

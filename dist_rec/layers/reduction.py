@@ -25,8 +25,8 @@ from torch import Tensor
 class Reduction:
     """The reduction of a single process: nothing to reduce.
 
-    A subclass for several processes overrides all three members. Both methods are called by
-    every rank in the same order in every step, with equal shapes.
+    A subclass for several processes overrides all members. All methods are called by every rank in the same order
+    in every step, with equal shapes.
     """
 
     world_size: int = 1
@@ -41,6 +41,10 @@ class Reduction:
         Differentiable for floating dtypes. Integer tensors are gathered exactly, without gradient.
         """
         return x[None]
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest number of all ranks. `device` is where this rank's tensors lie."""
+        return number
 
 
 def masked_means(terms: Tensor, valid: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from ..layers.adaptation import DomainAdaptation
 from ..layers.divergence import js_divergence, mmd
 from ..layers.encoders import EntityEncoder, UserEncoder
 from ..layers.experts import ExpertBody
-from ..layers.features import Columns, event_texts, id_lengths, row_texts
+from ..layers.features import Columns, event_texts, row_texts
 from ..layers.moves import place, take
 from ..layers.per_domain import sort_by_domain
 from ..layers.reduction import Reduction, full_precision, masked_means
@@ -155,7 +155,7 @@ class FoundationModel(nn.Module):
     def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """x `[B, 3H or 5H, + 1]` and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
         dtype, device = self.body.towers.layers[0].weight.dtype, batch.domain.device
-        lengths = id_lengths(batch)
+        lengths = batch.id_lengths()
         vectors = self._text_vectors(batch, dtype)
         # E_lm of the T distinct texts, [T, H]: one W_lm for query, item, user and history.
         texts = self.text_projection(vectors) if self.has_text else None

@@ -15,7 +15,7 @@ GIB = 2**30
 # Rough seconds of a collective that moves next to nothing: on one host, over several, and for each rank that it reaches
 # (NCCL's all-to-all is a message to each). Gloo's were measured on two ranks.
 LATENCY = {"cuda": (20e-6, 50e-6, 0.5e-6), "cpu": (0.5e-3, 0.5e-3, 50e-6)}
-# Of the tables of one collection that are cut alike: lengths and ids, vectors, gradients.
+# Of the tables of one collection that are cut alike: lengths and ids, vectors; and gradients, but of frozen ones.
 COLLECTIVES = 4
 
 
@@ -163,9 +163,13 @@ def latency_ms(planned: Planned) -> float:
     cluster = planned.cluster
     if cluster.ranks == 1:
         return 0.0
-    groups = {(o.path, o.sharding_type) for o in planned.chosen.values() if o.sharding_type != DATA_PARALLEL}
+    groups = {
+        (o.path, o.sharding_type): COLLECTIVES if o.cost.backward_compute else COLLECTIVES - 1
+        for o in planned.chosen.values()
+        if o.sharding_type != DATA_PARALLEL
+    }
     one_host, several, each = LATENCY[cluster.device]
-    return 1e3 * COLLECTIVES * len(groups) * ((several if cluster.hosts > 1 else one_host) + each * cluster.ranks)
+    return 1e3 * sum(groups.values()) * ((several if cluster.hosts > 1 else one_host) + each * cluster.ranks)
 
 
 def shard_bytes(option: Option, memory: str) -> int:

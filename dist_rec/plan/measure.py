@@ -72,7 +72,9 @@ def _step(tables, sharded, batch, device: torch.device) -> float:
     dist.barrier()
     started = time.perf_counter()
     vectors = tables.vectors(sharded(batch), batch)
-    sum(v.sum() for v in vectors.values()).backward()
+    total = sum(v.sum() for v in vectors.values())
+    if total.requires_grad:  # unless all tables are frozen
+        total.backward()
     sharded.replicated.step()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,10 +9,12 @@ from typing import Any
 from ..config import Config, TableConfig, TablesConfig, check_names, load_config
 from ..config.model import VOCABULARY_KEYS
 from ..data.index import FeatureStatistics, read_index
+from ..data.vocabulary import tables_of
 from ..embeddings.quantities import number
-from ..embeddings.tables import TableSpec, table_specs
+from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..schema import Schema, load_schema
+from ..training.finetuning import specs_of, where_it_starts
 from ..training.setup import retry_of, used_features
 from ..training.workload import USUAL_TEXT_WIDTH, Workload, mean_lengths, mean_tokens, stored_width, text_shares
 
@@ -28,8 +30,9 @@ STATE_BYTES = {"sgd": lambda dim: 0, "adagrad": lambda dim: 4 * dim, "rowwise_ad
 
 
 def row_bytes(spec: TableSpec, optimizer: str) -> int:
-    """Weights and optimizer state of one row."""
-    return spec.dim * PRECISION_BYTES[spec.precision] + STATE_BYTES[optimizer](spec.dim)
+    """Weights and optimizer state of one row; a frozen table has none."""
+    state = 0 if spec.frozen else STATE_BYTES[optimizer](spec.dim)
+    return spec.dim * PRECISION_BYTES[spec.precision] + state
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
             ) from None
         schema, statistics, rows, tokens = index.schema, index.statistics, index.rows, index.tokenizer
     known = [name for name, f in schema.features.items() if f.kind in ("id", "ids") and f.shares is None]
+    if schema_file is None:
+        known = list(tables_of(schema, config.tables.overrides))
     faults = check_names(known, list(settings.rows), "--set tables.TABLE.rows")
     faults += check_names(known, list(config.tables.overrides), "tables.overrides")
     faults += check_names(list(schema.features), list(settings.lengths), "--set features.FEATURE.mean_length")
@@ -145,11 +150,14 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
         raise UserError("\n".join(faults))
     if schema_file is not None:
         _give_sizes(schema, config, settings.rows)
-    features = used_features(schema, config)
+    features, origin = used_features(schema, config), None
+    if config.finetune.run is not None and schema_file is None:
+        origin, _ = where_it_starts(config, schema, config.run_folder)
+        features = [name for name in features if name not in origin.left_out]
     own = _own_rows(config, settings, notes)
     specs = [
         replace(s, rows=s.rows if s.name in own else settings.rows.get(s.name, s.rows))
-        for s in table_specs(schema, config.tables, features)
+        for s in specs_of(schema, config, features, origin)
     ]
     unused = set(settings.rows) - {s.name for s in specs}
     if unused:

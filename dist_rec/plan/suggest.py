@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.markup import escape
@@ -39,14 +40,18 @@ class Suggestion:
 
 
 def suggest(request: Request) -> list[Suggestion]:
-    """A suggestion for every table.
+    """A suggestion for every table. The tables of a divided vocabulary, whose ids are counted together, count as one.
 
     Raises:
         UserError: the data set has no counts.
     """
     if request.statistics is None:
         raise UserError("--suggest reads how often ids occur from a built data set: leave --schema out.")
-    found = [_of(request, spec) for spec in request.specs]
+    rows = Counter()
+    for spec in request.specs:
+        rows[spec.vocabulary] += spec.rows
+    wholes = [replace(s, rows=rows[s.name]) for s in request.specs if s.name == s.vocabulary]
+    found = [_of(request, spec) for spec in wholes]
     if all(one.distinct is None for one in found):
         raise UserError(
             f"the index of {request.config.data.train} was built before ids were counted: build the data set again."

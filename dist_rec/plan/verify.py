@@ -85,8 +85,9 @@ def verify(answer: Answer) -> dict[str, Any]:
 def _is_what_if(answer: Answer) -> bool:
     """Whether the request differs from what training would build."""
     request = answer.request
+    frozen = {spec.name for spec in request.specs if spec.frozen}
     return request.specs != table_specs(
-        request.schema, request.config.tables, request.features
+        request.schema, request.config.tables, request.features, frozen
     ) or request.lengths != mean_lengths(request.schema, request.features, request.statistics)
 
 

@@ -213,7 +213,7 @@ class _Search:
                 if COLUMN_STEP <= dim < s.dim:
                     change, settings = (
                         f"{s.name} of {dim} instead of {s.dim} columns",
-                        {f"tables.{s.name}.dim": f"{dim}"},
+                        {f"tables.{s.vocabulary}.dim": f"{dim}"},
                     )
                     yield f"{change} and more ranks", lambda c=change, v=settings: self.more_ranks(c, v)
         for s in (s for s in names if s.precision == "fp32" and s.sharding != DATA_PARALLEL):
@@ -244,6 +244,8 @@ class _Search:
 
     def _rows_key(self, spec: TableSpec) -> str | None:
         """What a table's rows are set by; None where fewer are not to be had, for ids are known to need them."""
+        if any(s.vocabulary == spec.vocabulary and s is not spec for s in self.request.specs):
+            return None
         override = self.config.tables.overrides.get(spec.name)
         own = [key for key in VOCABULARY_KEYS if override is not None and getattr(override, key) is not None]
         return {"size": None}.get(own[0], own[0]) if own else "hash"
@@ -271,7 +273,9 @@ class _Search:
         low, high = 0, size // step
         while low + 1 < high:
             middle = (low + high) // 2
-            fits = could_fit(request.with_tables({spec.name: {field: middle * step}}), self.cluster)
+            # A vocabulary's parts have one dim, and none of them another number of rows.
+            parts = [s.name for s in request.specs if s.vocabulary == spec.vocabulary]
+            fits = could_fit(request.with_tables({name: {field: middle * step} for name in parts}), self.cluster)
             low, high = (middle, high) if fits else (low, middle)
         values = [_multiple(int(low * step * share), step) for share in SHARES]
         if field == "rows":
@@ -280,7 +284,7 @@ class _Search:
             if 0 < value < size:
                 what = f"{spec.name} of {value:,} instead of {size:,} {'columns' if field == 'dim' else 'rows'}"
                 what = f"{change} and {what}" if change else what
-                found = self.way(what, (settings or {}) | {f"tables.{spec.name}.{key}": str(value)})
+                found = self.way(what, (settings or {}) | {f"tables.{spec.vocabulary}.{key}": str(value)})
                 if found is not None:
                     return found
         return None

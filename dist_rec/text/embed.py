@@ -8,7 +8,8 @@ One process, or a torchrun job whose ranks share the folder `out`:
 Rank r owns the texts whose key is r modulo the world size: it alone reads them, compares the
 texts of equal keys, encodes them and writes its part of the store; keys are hashes, so shares are
 even. Texts are streamed; only keys stay in memory. Within a chunk, texts are sorted by length, so
-that hardly any padding is computed. Knows neither blocks nor other models.
+that hardly any padding is computed. A job that is killed loses the batches it was at: the same command, on
+any number of ranks, takes over what was written. Knows neither blocks nor other models.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..data.rows import Ragged
 from ..errors import UserError
-from .encoder import TextEncoder, load_text_encoder
+from .batching import DEFAULT_BATCH_TOKENS, length_batches, pad
+from .encoder import COMPUTE, TextEncoder, empty_text_encoder, load_text_encoder
+from .parts import PartWriter, publish
 from .paths import TOKENIZER_NAME, model_fingerprint, resolve_model_folder, tokenizer_fingerprint
-from .store import STORE_NAME, PartWriter, Recipe, VectorStore, publish, read_store_info
+from .pooling import Pooling
+from .store import STORE_NAME, Recipe, VectorStore, read_store_info
 from .texts import Ledger, TextFile, Texts, chunks_of, find_text_files, new_texts
 
 DEFAULT_MAX_TOKENS = 128
-DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 32768}
-_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class EmbedResult:
-    """What one `embed` did: texts in the store, texts added, seconds and texts a second of all ranks."""
+    """What one `embed` did: texts in the store, texts added, how many of those an earlier job that did not end had
+    encoded, seconds, and texts that were encoded a second, of all ranks."""
 
     store: str
     count: int
     added: int
+    taken_over: int
     seconds: float
     texts_per_second: float
 
@@ -59,10 +62,12 @@ def embed(
     max_tokens: int | None = None,
     timeout_minutes: float = 30.0,
     overwrite: bool = False,
+    pooling: Pooling | Literal["auto"] = "auto",
 ) -> EmbedResult:
     """Write or extend the store of text vectors at `out`. Every rank calls it.
 
-    A store that exists is extended: texts that it holds are not computed again.
+    A store that exists is extended: texts that it holds are not computed again, nor are those that a job
+    which did not end has written beside it.
 
     Args:
         texts: data set folders or URLs (a split, or the folder above the splits), or paths of
@@ -79,9 +84,11 @@ def embed(
             data sets or the existing store have, or else 128.
         timeout_minutes: how long a rank that is done waits for the others.
         overwrite: write the store anew instead of extending it.
+        pooling: see `choose_pooling`.
 
     Raises:
-        UserError: wrong input; two different texts of one key; an existing store of another recipe.
+        UserError: wrong input; two different texts of one key; an existing store of another recipe; another job
+            at work in `out`.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if any(number is not None and number <= 0 for number in (batch_tokens, max_tokens, timeout_minutes)):
@@ -93,43 +100,54 @@ def embed(
     files = find_text_files(texts)
     generation, old = _existing(folder, overwrite)
     stored = old.info.recipe if old else None
-    asked = {
-        "model_fingerprint": model_fingerprint(model_folder),
-        "tokenizer_fingerprint": tokenizer_fingerprint(model_folder),
-        "max_tokens": _max_tokens(files, model, tokenizer_fingerprint(model_folder), max_tokens, stored),
-        "compute": dtype,
-        "dtype": store_dtype,
-    }
+    empty = empty_text_encoder(model, pooling)
+    recipe = Recipe(
+        model_fingerprint=model_fingerprint(model_folder),
+        tokenizer_fingerprint=tokenizer_fingerprint(model_folder),
+        max_tokens=_max_tokens(files, model, tokenizer_fingerprint(model_folder), max_tokens, stored),
+        pooling=empty.pooling,
+        compute=dtype,
+        dtype=store_dtype,
+        width=empty.width,
+    )
     if stored:
-        _check_recipe(folder, stored, asked)
+        _check_recipe(folder, stored, recipe)
+    if empty.max_tokens is not None and recipe.max_tokens > empty.max_tokens:
+        raise UserError(
+            f"texts are cut at {recipe.max_tokens} tokens, language model {model} takes at most {empty.max_tokens}: "
+            "lower max_tokens, of this command or of the data sets' tokenizer."
+        )
     ledger = Ledger.of(files, rank, world_size, old)
-    encoder = None
-    if ledger.num_new or stored is None:
-        encoder = load_text_encoder(model, _COMPUTE[dtype]).to(place)
-        if encoder.max_tokens is not None and asked["max_tokens"] > encoder.max_tokens:
-            raise UserError(
-                f"texts are cut at {asked['max_tokens']} tokens, language model {model} takes at most "
-                f"{encoder.max_tokens}: lower max_tokens, of this command or of the data sets' tokenizer."
-            )
-    recipe = Recipe(**asked, width=encoder.width if encoder else stored.width)
     with _waiting(world_size, timeout_minutes) as wait:
         start = time.perf_counter()
-        writer = PartWriter(folder, generation, rank, recipe)
+        writer = PartWriter(folder, generation, rank, world_size, recipe, old.info.index.sha256 if old else None)
         try:
-            # Even with nothing new: a text must not take the vector of another that shares its key.
+            _take_over(writer, ledger)
+            encoder = None
+            if ledger.num_left:
+                encoder = load_text_encoder(model, COMPUTE[dtype], pooling).to(place)
+            # Even with nothing left: a text must not take the vector of another that shares its key.
             stream = chunks_of(new_texts(files, ledger, rank, world_size, model_folder, recipe.max_tokens))
-            _encode(encoder, stream, writer, place, batch_tokens, ledger.num_new, rank, world_size)
+            _encode(encoder, stream, writer, place, batch_tokens, ledger, rank, world_size)
             writer.close()
         finally:
             writer.abandon()
-        wait("encode its texts")
+        taken_over = wait("encode its texts", writer.taken_over)
         seconds = time.perf_counter() - start
         if rank == 0:
             publish(folder, model, recipe, generation, world_size, old)
         wait("publish the store")
     count = read_store_info(folder).count
     added = count - (len(old) if old else 0)
-    return EmbedResult(str(folder), count, added, round(seconds, 3), round(added / seconds, 1))
+    rate = (added - taken_over) / seconds
+    return EmbedResult(str(folder), count, added, taken_over, round(seconds, 3), round(rate, 1))
+
+
+def _take_over(writer: PartWriter, ledger: Ledger) -> None:
+    """Everything of this rank's that jobs which did not end have encoded, for this recipe and on this store."""
+    ledger.take_over(writer.keys, writer.checks)
+    for left in writer.leftovers():
+        ledger.take_over(*writer.take_over(left, ledger.wanted(left.entries[:, 0])))
 
 
 def _max_tokens(files: list[TextFile], model: str, fingerprint: str, asked: int | None, stored: Recipe | None) -> int:
@@ -172,35 +190,15 @@ def _existing(folder: Path, overwrite: bool) -> tuple[int, VectorStore | None]:
         return 1, None
 
 
-def _check_recipe(folder: Path, stored: Recipe, asked: dict[str, Any]) -> None:
-    differing = [f"{n} is {getattr(stored, n)}, asked for is {v}" for n, v in asked.items() if getattr(stored, n) != v]
+def _check_recipe(folder: Path, stored: Recipe, asked: Recipe) -> None:
+    both = {name: (value, getattr(asked, name)) for name, value in vars(stored).items()}
+    differing = [f"{name} is {old}, asked for is {new}" for name, (old, new) in both.items() if old != new]
     if differing:
         raise UserError(
             f"the store at {folder} holds vectors of another recipe:\n  - "
             + "\n  - ".join(differing)
             + "\nAsk for the same, choose another folder, or write it anew with `--overwrite`."
         )
-
-
-def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[np.ndarray]:
-    """Rows by falling length, cut into batches of at most `batch_tokens` tokens with padding.
-
-    A longer text is a batch of its own. Longest first, so that too large a batch fails at once.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    at = 0
-    while at < len(order):
-        size = max(batch_tokens // max(int(lengths[order[at]]), 1), 1)
-        yield order[at : at + size]
-        at += size
-
-
-def _padded(tokens: Ragged) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = tokens.lengths
-    mask = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = tokens.values
-    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
 @torch.inference_mode()
@@ -210,17 +208,25 @@ def _encode(
     writer: PartWriter,
     device: torch.device,
     batch_tokens: int,
-    num_texts: int,
+    ledger: Ledger,
     rank: int,
     world_size: int,
 ) -> None:
-    """Encode this rank's texts into `writer`; without any, no encoder is needed."""
+    """Encode this rank's texts into `writer`, but for those that are done; without any left, no encoder is needed.
+
+    Batches are made of all, done or not: a job that goes on has those of one that was never killed, to the last
+    bit of every vector.
+    """
     stored = getattr(torch, writer.recipe.dtype)
     pending: tuple[np.ndarray, np.ndarray, torch.Tensor] | None = None
-    with _progress(num_texts, rank, world_size) as advance:
+    with _progress(ledger, rank, world_size) as advance:
         for chunk in chunks:
+            done = ledger.is_done(chunk.keys)
             for rows in length_batches(chunk.tokens.lengths, batch_tokens):
-                ids, mask = (t.to(device, non_blocking=True) for t in _padded(chunk.tokens.take(rows)))
+                rows = rows[~done[rows]]
+                if not len(rows):
+                    continue
+                ids, mask = (t.to(device, non_blocking=True) for t in pad(chunk.tokens.take(rows)))
                 vectors = encoder(ids, mask).to(stored)
                 # A batch late: reading it back would wait for the accelerator.
                 if pending is not None:
@@ -232,7 +238,7 @@ def _encode(
 
 
 @contextmanager
-def _progress(total: int, rank: int, world_size: int) -> Iterator[Any]:
+def _progress(ledger: Ledger, rank: int, world_size: int) -> Iterator[Any]:
     """Texts a second and the time left, on rank 0; it shows rank 0's share, the others' are as large."""
     if rank != 0:
         yield lambda count: None
@@ -240,11 +246,13 @@ def _progress(total: int, rank: int, world_size: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    done = ledger.num_new - ledger.num_left
     label = "texts" if world_size == 1 else f"texts, rank 0 of {world_size}"
+    label += f", {done:,} taken over" if done else ""
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, rate="")
+        task = progress.add_task("", total=ledger.num_new, completed=done, rate="")
 
         def advance(count: int) -> None:
             progress.advance(task, count)
@@ -256,9 +264,10 @@ def _progress(total: int, rank: int, world_size: int) -> Iterator[Any]:
 
 @contextmanager
 def _waiting(world_size: int, timeout_minutes: float) -> Iterator[Any]:
-    """A function `wait(what)` that returns once every rank has called it, or names those that did not."""
+    """A function `wait(what, count)` that returns once every rank has called it, with the sum of their counts, or
+    names those that did not."""
     if world_size == 1:
-        yield lambda what: None
+        yield lambda what, count=0: count
         return
     import torch.distributed as dist
 
@@ -268,11 +277,14 @@ def _waiting(world_size: int, timeout_minutes: float) -> Iterator[Any]:
         dist.init_process_group("gloo", timeout=limit)
     group = dist.group.WORLD if owns else dist.new_group(backend="gloo", timeout=limit)
 
-    def wait(what: str) -> None:
+    def wait(what: str, count: int = 0) -> int:
         try:
             dist.monitored_barrier(group, timeout=limit, wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(f"waited {timeout_minutes:g} minutes for another rank to {what}: {error}") from error
+        total = torch.tensor(count)
+        dist.all_reduce(total, group=group)
+        return int(total)
 
     try:
         yield wait

@@ -1,4 +1,4 @@
-"""`TextEncoder`: a local Hugging Face language model and the masked mean of its last layer.
+"""`TextEncoder`: a local Hugging Face language model, and one vector of a text's last hidden states.
 
 phi_lm of the foundation model (CIKM'23): E_lm = W_lm . MEAN_tokens(phi_lm(text)); the projection
 W_lm belongs to the model that uses the vectors. Knows neither the vector store nor how it is
@@ -9,36 +9,24 @@ which is why every parameter is used by the module that owns it, and in every fo
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .paths import CONFIG_NAME, locate_folder, resolve_model_folder
+from .pooling import POOLINGS, Pooling, choose_pooling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Precisions of a frozen model, as a store's recipe names them.
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-
-
-def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens, accumulated in float32.
-
-    Args:
-        hidden: float `[T, L, D]`; what stands on padding does not matter, NaN included.
-        mask: bool `[T, L]`, True on real tokens.
-
-    Returns:
-        float32 `[T, D]`; a text without tokens is 0.
-    """
-    total = hidden.float().masked_fill(~mask.unsqueeze(-1), 0.0).sum(dim=1)
-    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 class TextEncoder(nn.Module):
@@ -47,6 +35,7 @@ class TextEncoder(nn.Module):
     Args:
         model: a transformers model that returns `last_hidden_state`: a bidirectional encoder or
             a decoder. Parameters of a pooler that it keeps are frozen, for they get no gradient.
+        pooling: see `text.pooling`.
 
     Example::
 
@@ -54,9 +43,9 @@ class TextEncoder(nn.Module):
         vectors = encoder(batch.text_tokens, batch.text_mask)  # float32 [T, 384]
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, pooling: Pooling = "mean"):
         super().__init__()
-        self.model = model
+        self.model, self.pooling = model, pooling
         # Decoders would otherwise return the keys and values of all layers.
         self.model.config.use_cache = False
         pooler = getattr(model, "pooler", None)
@@ -93,25 +82,30 @@ class TextEncoder(nn.Module):
         first[:, 0] = True
         attend = mask | (first & ~mask.any(dim=1, keepdim=True))
         hidden = self.model(input_ids=tokens, attention_mask=attend.long()).last_hidden_state
-        return masked_mean(hidden, mask)
+        return POOLINGS[self.pooling](hidden, mask)
 
 
-def load_text_encoder(spec: str | Path, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """Load the language model at `spec` from disk, in evaluation mode, on the CPU.
+def load_text_encoder(
+    spec: str | Path, dtype: torch.dtype = torch.float32, pooling: Pooling | Literal["auto"] = "auto"
+) -> TextEncoder:
+    """Load the language model at `spec`, in evaluation mode, on the CPU.
 
-    Safetensors only, no remote code, no hub. The pooler is left out where the architecture can
-    be built without; attention is PyTorch's fused one where the architecture knows it.
+    Safetensors only, no remote code; a hub is asked for the files of a `hub:` spec and for nothing else. The
+    pooler is left out where the architecture can be built without; attention is PyTorch's fused one where
+    the architecture knows it.
 
     Args:
         spec: see `resolve_model_folder`.
         dtype: of the parameters.
+        pooling: see `choose_pooling`.
 
     Raises:
-        UserError: no such model, an architecture that transformers does not know or that needs
+        UserError: no such model or pooling, an architecture that transformers does not know or that needs
             a decoder's input, damaged weights, or weights that lack parameters of the model.
     """
     folder = resolve_model_folder(str(spec))
     config, options = _architecture(spec, folder)
+    chosen = choose_pooling(pooling, folder, config)
     from safetensors import SafetensorError
     from transformers import AutoModel
 
@@ -131,16 +125,16 @@ def load_text_encoder(spec: str | Path, dtype: torch.dtype = torch.float32) -> T
             f"language model {spec}: the weights lack {len(lacking)} parameters that config.json asks for ({shown}). "
             "The files are of another model or incomplete: copy the folder again."
         )
-    return TextEncoder(model).eval()
+    return TextEncoder(model, chosen).eval()
 
 
-def empty_text_encoder(spec: str | Path) -> TextEncoder:
+def empty_text_encoder(spec: str | Path, pooling: Pooling | Literal["auto"] = "auto") -> TextEncoder:
     """What `load_text_encoder` loads, without memory (on the meta device). Its config is all that is read.
 
     Raises:
         UserError: no such folder, or an architecture that `load_text_encoder` refuses.
     """
-    folder = locate_folder(str(spec))
+    folder = locate_folder(str(spec), weights=False)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"language model {spec}: {folder / CONFIG_NAME} is missing.")
     config, options = _architecture(spec, folder)
@@ -148,9 +142,10 @@ def empty_text_encoder(spec: str | Path) -> TextEncoder:
 
     try:
         with torch.device("meta"):
-            return TextEncoder(AutoModel.from_config(config, trust_remote_code=False, **options)).eval()
+            model = AutoModel.from_config(config, trust_remote_code=False, **options)
     except (ValueError, OSError, KeyError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"language model {spec}: its config.json is of no model that can be built: {error}") from None
+    return TextEncoder(model, choose_pooling(pooling, folder, config)).eval()
 
 
 def _architecture(spec: str | Path, folder: Path) -> tuple[PretrainedConfig, dict[str, Any]]:
@@ -159,8 +154,6 @@ def _architecture(spec: str | Path, folder: Path) -> tuple[PretrainedConfig, dic
     Raises:
         UserError: an architecture that transformers does not know or that needs a decoder's input.
     """
-    # Read once, when transformers is first imported; a local folder needs no hub anyway.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import MODEL_MAPPING, AutoConfig
 
     try:

@@ -4,18 +4,17 @@ A store is a local folder:
 
     store.json              what the vectors are, and every file with its size and SHA-256
     index-<g>.bin           int64 [3, N]: sorted text keys, the row of each, a second hash of each text
-    vectors-<g>-<r>.bin     float16 or float32 [n, D]; rows are numbered through the parts in order
+    vectors-<g>-<r>-<w>.bin float16 or float32 [n, D], of rank r of w; rows are numbered through the parts in order
 
 Plain little-endian arrays, mapped into memory, so that a store may be larger than it. Files never
 change: generation g + 1 adds parts and a new index, and becomes the store when store.json is
-renamed into place. Knows neither language models nor process groups.
+renamed into place. `parts` writes them. Knows neither language models nor process groups.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -26,12 +25,14 @@ from pydantic import Field
 
 from ..data.index import TokenizerInfo
 from ..errors import UserError
-from ..strict import from_dict, strict, to_dict
+from ..strict import from_dict, strict
+from .pooling import Pooling
 
 STORE_NAME = "store.json"
 FORMAT = "dist_rec-vectors/1"
 IN_MEMORY_BYTES = 512 << 20
-_OURS = re.compile(r"((index-\d+|(vectors|part)-\d+-\d+)\.bin|part-\d+-\d+\.json)(\.partial)?|store\.json\.partial")
+# Of the files that a store.json may name.
+STORED = re.compile(r"(index-\d+|vectors-\d+-\d+(-\d+)?)\.bin")
 
 
 @strict
@@ -48,13 +49,13 @@ class Recipe:
     """What decides a vector besides the text. Vectors of different recipes never share a store.
 
     `tokenizer` and `model` fingerprints are `text.paths`'; `max_tokens` is where texts were cut;
-    `compute` is the precision of the model.
+    `compute` is the precision of the model, `pooling` how the vectors of its tokens became one.
     """
 
     model_fingerprint: str
     tokenizer_fingerprint: str
     max_tokens: int = Field(ge=1)
-    pooling: Literal["mean"] = "mean"
+    pooling: Pooling
     compute: Literal["fp32", "fp16", "bf16"]
     dtype: Literal["float16", "float32"]
     width: int = Field(ge=1)
@@ -73,9 +74,31 @@ class StoreInfo:
     parts: list[StoredFile] = Field(min_length=1)
 
 
-def embed_command(model: str, out: str | Path) -> str:
-    """The command that would add texts to the store at `out`."""
-    return f"dist-rec embed <data set> --model {model} --out {out}"
+def embed_command(model: str, out: str | Path, data: str = "<data set>", recipe: Recipe | None = None) -> str:
+    """The command that would add the texts of `data` to the store at `out`, if it has this recipe."""
+    command = f"dist-rec embed {data} --model {model} --out {out}"
+    if recipe is not None:
+        command += f" --pooling {recipe.pooling} --dtype {recipe.compute} --store-dtype {recipe.dtype}"
+    return command
+
+
+def check_finite(keys: np.ndarray, vectors: np.ndarray, recipe: Recipe) -> None:
+    """Refuse what a model made of texts if it is no number.
+
+    Args:
+        keys: int64 `[n]`.
+        vectors: float `[n, D]`, rounded as the recipe's dtype rounds.
+
+    Raises:
+        UserError: a vector is not finite, from the model or by leaving float16's range.
+    """
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"the vector of the text with key {keys[np.flatnonzero(~finite)[0]]} is not finite "
+            f"(computed in {recipe.compute}, stored as {recipe.dtype}). "
+            "Use --store-dtype float32 and --dtype fp32; if it stays, the model's weights are damaged."
+        )
 
 
 def read_store_info(folder: str | Path) -> StoreInfo:
@@ -96,7 +119,7 @@ def read_store_info(folder: str | Path) -> StoreInfo:
         raise _damaged(folder, f"{STORE_NAME}: {error}") from None
     info = from_dict(StoreInfo, data, str(path))
     for stored in (info.index, *info.parts):
-        if not _OURS.fullmatch(stored.file):
+        if not STORED.fullmatch(stored.file):
             raise _damaged(folder, f"{STORE_NAME} names the file {stored.file!r}")
     if info.index.rows != info.count or sum(part.rows for part in info.parts) != info.count:
         raise _damaged(folder, f"{STORE_NAME} counts {info.count} texts, its files another number")
@@ -113,7 +136,7 @@ class VectorStore:
 
         store = VectorStore.open("runs/vectors")
         store.check_tokenizer(index.tokenizer)
-        batch = make_batch(rows, schema, size, vectors=store.lookup)
+        vectors = store.lookup(rows.text_keys)
     """
 
     def __init__(self, folder: Path, info: StoreInfo, in_memory: int = IN_MEMORY_BYTES):
@@ -169,7 +192,8 @@ class VectorStore:
             missing = np.unique(keys[~found])
             raise UserError(
                 f"{len(missing)} of {len(np.unique(keys))} texts have no vector in {self.folder} "
-                f"(the first has key {missing[0]}). Add them with `{embed_command(self.info.model, self.folder)}`."
+                f"(the first has key {missing[0]}). Add them with "
+                f"`{embed_command(self.info.model, self.folder, recipe=self.info.recipe)}`."
             )
         return self._gather(self.rows[at]) if self._in_memory is None else self._in_memory.take(at, axis=0)
 
@@ -194,6 +218,19 @@ class VectorStore:
                 f"({tokenizer.fingerprint[:12]}), the vectors in {self.folder} of model {self.info.model!r} "
                 f"({self.info.recipe.tokenizer_fingerprint[:12]}). Embed the data set's texts with the model of "
                 f"its tokenizer, or build the data set again with tokenizer {self.info.model!r}."
+            )
+
+    def check_pooling(self, pooling: str) -> None:
+        """Refuse a store whose vectors were pooled in another way than `text.pooling` asks for; `auto` asks for none.
+
+        Raises:
+            UserError: they were.
+        """
+        if pooling not in ("auto", self.info.recipe.pooling):
+            raise UserError(
+                f"text.pooling is {pooling}, the vectors in {self.folder} are of pooling {self.info.recipe.pooling}: "
+                "leave text.pooling at auto, or write another store with `dist-rec embed --pooling "
+                f"{pooling}`."
             )
 
     def verify(self) -> None:
@@ -232,141 +269,9 @@ class VectorStore:
         return out
 
 
-class PartWriter:
-    """Writes one rank's vectors of one generation, in any order of keys, beside a published store.
-
-    `vectors-<g>-<r>.bin` gets the vectors; `part-<g>-<r>.bin` (int64 `[2, n]`: keys and second
-    hashes) and `part-<g>-<r>.json` tell `publish` about them.
-    """
-
-    def __init__(self, folder: Path, generation: int, rank: int, recipe: Recipe):
-        self.folder, self.recipe = folder, recipe
-        self.vectors = folder / f"vectors-{generation}-{rank}.bin"
-        self.note = folder / f"part-{generation}-{rank}"
-        self._keys: list[np.ndarray] = []
-        self._checks: list[np.ndarray] = []
-        self._digest = hashlib.sha256()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(_partial(self.vectors), "wb")  # noqa: SIM115 (closed by `close` and `abandon`)
-
-    def write(self, keys: np.ndarray, checks: np.ndarray, vectors: np.ndarray) -> None:
-        """Append int64 `[n]` keys and second hashes and `[n, D]` vectors of the recipe's dtype.
-
-        Raises:
-            UserError: a vector is not finite, from the model or by leaving float16's range.
-        """
-        finite = np.isfinite(vectors).all(axis=1)
-        if not finite.all():
-            raise UserError(
-                f"the vector of the text with key {keys[np.flatnonzero(~finite)[0]]} is not finite "
-                f"(computed in {self.recipe.compute}, stored as {self.recipe.dtype}). "
-                "Use --store_dtype float32 and --dtype fp32; if it stays, the model's weights are damaged."
-            )
-        payload = np.ascontiguousarray(vectors, "<f2" if self.recipe.dtype == "float16" else "<f4").tobytes()
-        self._digest.update(payload)
-        self._file.write(payload)
-        self._keys.append(keys)
-        self._checks.append(checks)
-
-    def close(self) -> int:
-        """Finish the part; the number of texts in it."""
-        _flush(self._file)
-        count = sum(len(keys) for keys in self._keys)
-        os.replace(_partial(self.vectors), self.vectors)
-        if count:
-            index = np.stack([np.concatenate(self._keys), np.concatenate(self._checks)]).astype("<i8")
-            _write(self.note.with_suffix(".bin"), index.tobytes())
-        note = {"file": self.vectors.name, "rows": count, "sha256": self._digest.hexdigest()}
-        _write(self.note.with_suffix(".json"), json.dumps(note).encode())
-        return count
-
-    def abandon(self) -> None:
-        """Close without publishing anything; harmless after `close`."""
-        self._file.close()
-        _partial(self.vectors).unlink(missing_ok=True)
-
-
-def publish(folder: Path, model: str, recipe: Recipe, generation: int, world_size: int, old: VectorStore | None) -> int:
-    """Make the closed parts of `world_size` ranks, after those of `old`, the store at `folder`.
-
-    Files that the new store does not name are removed afterwards; who has them open keeps them.
-
-    Returns:
-        How many texts were added.
-
-    Raises:
-        UserError: a rank's part cannot be seen from here.
-    """
-    parts = list(old.info.parts) if old else []
-    keys, rows, checks = ([old.keys], [old.rows], [old.checks]) if old else ([], [], [])
-    total = sum(part.rows for part in parts)
-    added = 0
-    for rank in range(world_size):
-        note = folder / f"part-{generation}-{rank}"
-        try:
-            found = json.loads(note.with_suffix(".json").read_bytes())
-            if not found["rows"]:
-                continue
-            index = np.fromfile(note.with_suffix(".bin"), "<i8").reshape(2, -1)
-        except FileNotFoundError:
-            raise UserError(
-                f"rank {rank}'s vectors are not in {folder}: it must be a folder that all machines of the job share."
-            ) from None
-        parts.append(StoredFile(**found))
-        keys.append(index[0])
-        checks.append(index[1])
-        rows.append(total + np.arange(found["rows"]))
-        total += found["rows"]
-        added += found["rows"]
-    if added:
-        all_keys = np.concatenate(keys)
-        order = np.argsort(all_keys, kind="stable")
-        index = np.stack([all_keys[order], np.concatenate(rows)[order], np.concatenate(checks)[order]]).astype("<i8")
-        if (np.diff(index[0]) == 0).any():
-            raise RuntimeError("two ranks wrote the same text: keys were not divided over the ranks")
-        name = f"index-{generation}.bin"
-        _write(folder / name, payload := index.tobytes())
-        stored = StoredFile(file=name, rows=total, sha256=hashlib.sha256(payload).hexdigest())
-        info = StoreInfo(
-            format=FORMAT, model=model, recipe=recipe, generation=generation, count=total, index=stored, parts=parts
-        )
-        _write(folder / STORE_NAME, json.dumps(to_dict(info), indent=1).encode())
-    _clean(folder)
-    return added
-
-
-def _clean(folder: Path) -> None:
-    """Remove array files of ours that store.json does not name."""
-    keep = {STORE_NAME}
-    if (folder / STORE_NAME).exists():
-        info = read_store_info(folder)
-        keep |= {info.index.file} | {part.file for part in info.parts}
-    for path in folder.iterdir():
-        if path.name not in keep and _OURS.fullmatch(path.name):
-            path.unlink()
-
-
 def _float32(values: np.ndarray) -> np.ndarray:
     # torch's conversion from float16 is vectorised, numpy's is not.
     return values if values.dtype == np.float32 else torch.from_numpy(values).float().numpy()
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
-def _flush(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _write(path: Path, payload: bytes) -> None:
-    """Write beside, then rename."""
-    with open(_partial(path), "wb") as file:
-        file.write(payload)
-        _flush(file)
-    os.replace(_partial(path), path)
 
 
 def _check_sum(folder: Path, stored: StoredFile) -> None:

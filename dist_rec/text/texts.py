@@ -90,7 +90,12 @@ def _tokenizer_beside(fs: Any, root: str, given: str) -> TokenizerInfo | None:
 
 
 class Ledger:
-    """The distinct keys one rank owns: which are still to be encoded, and each text's second hash."""
+    """The distinct keys one rank owns: which the store lacks, which are done, and each text's second hash.
+
+    Attributes:
+        num_new: how many the store lacks, done or not.
+        done: bool, of each key: whether an earlier job that did not end has encoded it.
+    """
 
     def __init__(self, keys: np.ndarray, old: VectorStore | None):
         self.keys = keys
@@ -100,6 +105,12 @@ class Ledger:
             at, self.seen = old.find(keys)
             self.checks[self.seen] = old.checks[at[self.seen]]
         self.num_new = int((~self.seen).sum())
+        self.done = np.zeros(len(keys), bool)
+
+    @property
+    def num_left(self) -> int:
+        """How many are still to be encoded."""
+        return self.num_new - int(self.done.sum())
 
     @classmethod
     def of(cls, files: list[TextFile], rank: int, world_size: int, old: VectorStore | None) -> Ledger:
@@ -112,6 +123,28 @@ class Ledger:
         if not total:
             raise UserError(f"there is not a single text in {', '.join(f.path for f in files)}.")
         return cls(np.unique(np.concatenate(owned)), old)
+
+    def take_over(self, keys: np.ndarray, checks: np.ndarray) -> None:
+        """Note what an earlier job has encoded: int64 `[n]` keys, of which other ranks' are left aside, and hashes."""
+        at, mine = self._find(keys)
+        self.done[at[mine]] = True
+        self.checks[at[mine]] = checks[mine]
+
+    def wanted(self, keys: np.ndarray) -> np.ndarray:
+        """Which of `keys` (int64 `[n]`) are this rank's, not in the store and not done: their positions, int64."""
+        at, mine = self._find(keys)
+        return np.flatnonzero(mine & ~self.seen[at] & ~self.done[at])
+
+    def is_done(self, keys: np.ndarray) -> np.ndarray:
+        """Whether each of this rank's keys (int64 `[n]`) is done: bool `[n]`."""
+        return self.done[np.searchsorted(self.keys, keys)]
+
+    def _find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        at = np.searchsorted(self.keys, keys)
+        if not len(self.keys):
+            return at, np.zeros(len(keys), bool)
+        at[at == len(self.keys)] = 0
+        return at, self.keys[at] == keys
 
     def enter(self, keys: np.ndarray, checks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Note n texts that were read.
@@ -126,7 +159,8 @@ class Ledger:
         first = np.zeros(len(keys), bool)
         first[np.unique(at, return_index=True)[1]] = True
         new = first & ~self.seen[at]
-        self.checks[at[new]] = checks[new]
+        unknown = at[new & ~self.done[at]]
+        self.checks[unknown] = checks[new & ~self.done[at]]
         self.seen[at] = True
         return new, checks != self.checks[at]
 
@@ -153,6 +187,19 @@ def _read(file: TextFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
                 yield batch
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read {file.path}: {error}. Build the data set again.") from None
+
+
+def text_of(data: str, key: int) -> str | None:
+    """The text of a key in the texts.parquet of a data set; None where that is not there, or does not have it."""
+    try:
+        for file in find_text_files([data]):
+            for batch in _read(file, ["key", "text"]):
+                at = np.flatnonzero(batch.column("key").to_numpy() == key)
+                if len(at):
+                    return batch.column("text")[int(at[0])].as_py()
+    except (UserError, OSError):
+        pass
+    return None
 
 
 def new_texts(

@@ -55,3 +55,7 @@ class Agreement:
     def close(self) -> None:
         """Let SIGTERM end the process again."""
         signal.signal(signal.SIGTERM, self.previous)
+
+    def leave(self) -> None:
+        """Give up the process group, when nothing has failed: its threads would outlive this object."""
+        dist.destroy_process_group(self.group)

@@ -55,3 +55,8 @@ class DistributedReduction(Reduction):
 
     def gather(self, x: Tensor) -> Tensor:
         return _StackOverRanks.apply(x) if x.is_floating_point() else _stack(x)
+
+    def largest(self, number: int, device: torch.device) -> int:
+        found = torch.tensor(number, device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)

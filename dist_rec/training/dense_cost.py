@@ -44,7 +44,7 @@ class Part:
     """The language model, or everything else that is dense.
 
     * `tensors`: parameters; `parameters`, `trained`: numbers in them.
-    * `flops`: of one row forward.
+    * `flops`: of one row, forward and backward.
     * `kept`: numbers that one row keeps for backward.
     """
 
@@ -111,7 +111,7 @@ class Dense:
 
     def compute_ms(self, cluster: Cluster, rows: int) -> float:
         """Forward and backward: products, or launching what is too small to fill a GPU."""
-        flops = PASSES * rows * sum(part.flops for part in self.parts)
+        flops = rows * sum(part.flops for part in self.parts)
         launches = KERNELS_OF_A_PARAMETER * sum(part.tensors for part in self.parts)
         return 1e3 * max(flops / cluster.flops[self.precision], launches * LAUNCH_SECONDS[cluster.device])
 
@@ -165,10 +165,10 @@ def count_dense(workload: Workload) -> Dense:
     """
     config = workload.config
     encoder, width = None, workload.text_width
-    if config.text.mode == "full":
-        from ..text.encoder import empty_text_encoder
+    if config.text.trains:
+        from ..text.cotrain import cotrained_encoder
 
-        encoder = empty_text_encoder(config.text.model)
+        encoder = cotrained_encoder(config.text, Reduction(), empty=True)
         width = encoder.width
     with torch.device("meta"):
         model = FoundationModel(
@@ -229,20 +229,38 @@ def _towers(model: FoundationModel, workload: Workload) -> Part:
         # Every event attends to every event of its row, twice: scores and mixture.
         width = workload.config.model.width
         flops += len(model.history_encoders) * history.layers * 4 * events * events * width
-    return Part(tensors, parameters, trained, flops, kept)
+    return Part(tensors, parameters, trained, PASSES * flops, kept)
 
 
 def _tokens_of(encoder: nn.Module, workload: Workload) -> Part:
-    """The language model: every text of the batch is read once, and every one is taken to be different."""
-    hidden, layers = encoder.width, getattr(encoder.model.config, "num_hidden_layers", 1)
+    """The language model: every text of the batch is read once, and every one is taken to be different.
+
+    Backward goes down to the lowest layer that trains, and takes the gradients of weights only where they train.
+    """
+    from ..text.cotrain import transformer_blocks
+
+    text, hidden = workload.config.text, encoder.width
+    layers = getattr(encoder.model.config, "num_hidden_layers", 1)
+    above = layers - text.freeze_layers
     tokens = workload.tokens * texts_of_a_row(workload)
     lookups = {id(m.weight) for m in encoder.modules() if isinstance(m, nn.Embedding)}
-    matrices = sum(p.numel() for p in encoder.parameters() if p.ndim >= 2 and id(p) not in lookups)
-    flops = tokens * (2 * matrices + 4 * layers * workload.tokens * hidden)
+    below = list(transformer_blocks(encoder.model).values())[: text.freeze_layers]
+    passed = {id(p) for block in below for p in block.parameters()}
+    products = 0
+    for parameter in encoder.parameters():
+        if parameter.ndim >= 2 and id(parameter) not in lookups:
+            # Forward, the gradient of what comes in, and its own.
+            passes = 1 if id(parameter) in passed else 2 + parameter.requires_grad + text.checkpointing
+            products += passes * parameter.numel()
+    attention = 4 * workload.tokens * hidden * (text.freeze_layers + (PASSES + text.checkpointing) * above)
+    kept = KEPT_OF_A_TOKEN / 2 * above
+    if text.checkpointing:
+        # What goes into every layer, and all of the one that is computed again.
+        kept = above + KEPT_OF_A_TOKEN / 2
     return Part(
         tensors=len(list(encoder.parameters())),
         parameters=sum(p.numel() for p in encoder.parameters()),
         trained=sum(p.numel() for p in encoder.parameters() if p.requires_grad),
-        flops=flops,
-        kept=tokens * layers * hidden * KEPT_OF_A_TOKEN / 2,
+        flops=tokens * (2 * products + attention),
+        kept=tokens * hidden * kept,
     )

@@ -7,24 +7,53 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..config import Config
 from ..data.batch import Batch
+from ..embeddings.tables import EmbeddingTables
 from ..errors import UserError
+from ..models.foundation import FoundationModel
 from . import checkpoint
+from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
-from .process import choose_device, process_group, quieten
-from .setup import agree_on_index, build_model, build_stream, build_tables, prepare
+from .process import Process, choose_device, process_group, quieten
+from .setup import Prepared, agree_on_index, build_model, build_stream, build_tables, prepare
 
 
-def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
-    """Evaluate the latest checkpoint of `run` and write its evaluation.json.
+@dataclass
+class Trained:
+    """A run's last good checkpoint on this rank, ready to predict.
+
+    `step` is the checkpoint's; `converted` says what of the tables is not quite as it was trained.
+    """
+
+    prepared: Prepared
+    process: Process
+    tables: EmbeddingTables
+    sharded: nn.Module
+    model: FoundationModel
+    step: int
+    converted: list[str]
+
+    def predict(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """Each batch, moved to this rank's device, with the model's output. Collective."""
+        for batch in batches:
+            batch = batch.to(self.process.device, non_blocking=True)
+            with torch.no_grad():
+                yield batch, self.model(self.tables.vectors(self.sharded(batch), batch), batch)
+
+
+@contextmanager
+def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
+    """Join the ranks and load the latest checkpoint of `run`, to be read with `split`. Collective.
 
     Raises:
         UserError: no checkpoint, no such split, or a checkpoint that does not fit the config.
@@ -33,7 +62,7 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
     found = checkpoint.find(run)
     # Of the ranks that trained: these may be others.
     config = replace(config, tables=replace(config.tables, plan=None))
-    prepared = prepare(config)
+    prepared = prepare(config, run=run)
     if split not in prepared.indexes:
         raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
     device = choose_device(config)
@@ -41,7 +70,6 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
         for name in prepared.indexes:
             agree_on_index(prepared, name)
         saved = checkpoint.read_state(found)
-        stream = build_stream(prepared, split, process.rank, process.world_size)
         tables, sharded, _ = build_tables(prepared, process)
         converted = checkpoint.load_tables(saved, sharded, with_optimizer=False)
         if converted and process.is_main:
@@ -51,16 +79,30 @@ def evaluate_run(config: Config, run: Path, split: str) -> dict[str, Any]:
         checkpoint.load_dense(saved, model)
         model.to(device).eval()
         sharded.eval()
+        yield Trained(prepared, process, tables, sharded, model, saved.step, converted)
 
-        def predict(batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Any]]]:
-            for batch in batches:
-                batch = batch.to(device, non_blocking=True)
-                with torch.no_grad():
-                    yield batch, model(tables.vectors(sharded(batch), batch), batch)
 
-        tasks = {task: spec.label for task, spec in model.tasks.items()}
-        result = evaluate(prepared, tasks, stream, predict, sharded)
-        entry = {"split": split, "step": saved.step, **({"converted": converted} if converted else {}), **result}
+def evaluate_run(config: Config, run: Path, split: str, baselines: bool = False) -> dict[str, Any]:
+    """Evaluate the latest checkpoint of `run` and write its evaluation.json.
+
+    Args:
+        baselines: score the rows with a query by BM25 and by the cosine of frozen vectors too.
+
+    Raises:
+        UserError: as `trained`; baselines of data without a text of the query and of the item.
+    """
+    with trained(config, run, split) as loaded:
+        prepared, process = loaded.prepared, loaded.process
+        stream = build_stream(prepared, split, process.rank, process.world_size)
+        tasks = {task: spec.label for task, spec in loaded.model.tasks.items()}
+        others = Baselines(prepared, tasks, split, process) if baselines else None
+        predict = others.watch(loaded.predict) if others else loaded.predict
+        entry: dict[str, Any] = {"split": split, "step": loaded.step}
+        if loaded.converted:
+            entry["converted"] = loaded.converted
+        entry |= evaluate(prepared, tasks, stream, predict, loaded.sharded)
+        if others:
+            entry["baselines"] = others.compute()
         if process.is_main:
             write_evaluation(run, entry)
     return entry

@@ -33,7 +33,7 @@ def plan_tables(workload: Workload, cluster: Cluster, dense: Dense | None) -> Pl
         workload.specs,
         cluster,
         batch_size=rows,
-        pooling_factors=workload.lengths,
+        pooling_factors=workload.key_lengths,
         reserved=dense.reserved(cluster, rows) if dense else None,
         wire=config.tables.wire,
     )

@@ -42,8 +42,12 @@ FIXED = (
     "tables.overrides.*.managed",
     "text.mode",
     "text.model",
+    "text.pooling",
+    "text.freeze_layers",
+    "text.lora.*",
     "model.*",
     "dense.optimizer",
+    "finetune.*",
 )
 # What changes neither rows, nor parameters, nor how they are computed.
 IDLE = (
@@ -59,6 +63,7 @@ IDLE = (
     "data.retries",
     "data.retry_seconds",
     "data.timeout_seconds",
+    "text.missing",
     "text.store",
     "train.*",
     "checkpoint.*",

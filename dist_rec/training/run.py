@@ -11,10 +11,12 @@ import torch
 from ..config import Config, save_config
 from ..errors import UserError
 from ..files import lock, write_text
+from ..finetune.origin import write_origin, write_schema
 from ..strict import to_dict
 from . import checkpoint
 from .checkpoint import Saved
 from .evaluation import write_evaluation
+from .finetuning import LookingBack, add_old_test, how_it_starts, start_of
 from .process import choose_device, process_group, quieten
 from .resume import changes, differences, find_earlier
 from .setup import agree_on_index, prepare
@@ -22,8 +24,11 @@ from .tracking import NoTracker, Tracker
 from .trainer import Trainer
 
 
-def train(config: Config) -> Path:
+def train(config: Config, look_back: bool = True) -> Path:
     """Train a config under torchrun, or alone, from its last good checkpoint if it has one.
+
+    Args:
+        look_back: of a run that starts from another, evaluate that one's own test rows before and after.
 
     Returns:
         The run folder.
@@ -44,6 +49,7 @@ def train(config: Config) -> Path:
             held = lock(folder)  # noqa: F841  for as long as this function runs
             has_earlier = [find_earlier(config) is not None]
         torch.distributed.broadcast_object_list(has_earlier)
+        why_not = add_old_test(prepared) if look_back else "it was not asked for."
         for split in prepared.indexes:
             agree_on_index(prepared, split)
         earlier = checkpoint.last_good(folder / "checkpoints") if has_earlier[0] else None
@@ -52,10 +58,15 @@ def train(config: Config) -> Path:
                 f"data.from_watermark trains on what was appended since a checkpoint, and {folder} has none: train it "
                 "without that key first."
             )
-        trainer = Trainer(prepared, process, earlier)
+        start = None if earlier else start_of(prepared)
+        trainer = Trainer(prepared, process, earlier, start)
         tracker = NoTracker()
         if process.is_main:
             save_config(config, folder / "config.yaml")
+            write_schema(folder, prepared.schema)
+            if start:
+                write_origin(folder, prepared.origin)
+                print(how_it_starts(prepared, start, trainer.converted), file=sys.stderr)
             write_text(folder / "plan.json", json.dumps(trainer.plan, indent=1))
             tracker = Tracker(folder, trainer.step)
             if earlier:
@@ -65,11 +76,16 @@ def train(config: Config) -> Path:
                     f"dist-rec: tables.wire {config.tables.wire} does nothing: one rank sends no vectors.",
                     file=sys.stderr,
                 )
+        back = LookingBack(folder, trainer, why_not) if prepared.origin else None
         try:
+            if back and start:
+                back.before()
             rates = trainer.train(tracker)
             split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
             result = trainer.evaluate(split)
             tracker.evaluation(trainer.step, result)
+            if back:
+                back.after()
         finally:
             tracker.close()
         summary = trainer.account.gather(trainer.passes)

@@ -6,7 +6,7 @@ model and the sharded tables of a rank that has joined the others.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
-from ..config import Config, DataConfig, TablesConfig, check_names
+from ..config import Config, DataConfig, TablesConfig, TextConfig, check_names
+from ..data.extend import as_extended
 from ..data.index import Index, TokenizerInfo, read_index
 from ..data.order import Order, temperature_weights
 from ..data.reader import ShardReader
-from ..data.remote import Retry
 from ..data.stream import Stream
 from ..data.vocabulary import id_maps
 from ..embeddings.description import plan_from_description
@@ -29,18 +29,26 @@ from ..embeddings.ids import fault_of_rows
 from ..embeddings.plan_file import check_plan, read_plan
 from ..embeddings.sharders import check_kernels
 from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
-from ..embeddings.tables import EmbeddingTables, TableSpec, table_specs
+from ..embeddings.tables import EmbeddingTables, TableSpec
 from ..errors import UserError
+from ..finetune.foundation import Foundation
+from ..finetune.freeze import freeze, frozen_names
+from ..finetune.origin import OLD, Origin
+from ..finetune.warm_start import fill_dense
 from ..layers.reduction import Reduction
 from ..models.foundation import FoundationModel
 from ..schema import Schema
+from ..text.onthefly import FrozenVectors, OnTheFly
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
+from .checkpoint import Saved
 from .collectives import DistributedReduction
 from .engine import make_engine
+from .finetuning import finetune_faults, names_of, specs_of, where_it_starts
 from .passes import FROM_THE_START, fingerprint
 from .planning import plan_here
 from .process import Process, choose_device, ranks_here, world_size
+from .reading import retry_of, used_features
 from .workload import Workload, mean_lengths, mean_tokens, text_shares
 
 
@@ -49,7 +57,10 @@ class Prepared:
     """A checked config with what it names.
 
     `features` are those that this run reads; `indexes` has `train` and, as configured, `valid`
-    and `test`.
+    and `test`, of which the run sees what `view` makes of them. Of a run that starts from another, `origin` is what it
+    keeps of that one, and `foundation` that one itself, as long as the run has no checkpoint of its own; `indexes` may
+    then have that one's test rows too (`OLD`), with their text vectors in `old_store`. `missing` makes the vectors that
+    `store` lacks, where text.missing is encode.
     """
 
     config: Config
@@ -58,9 +69,32 @@ class Prepared:
     features: list[str]
     specs: list[TableSpec]
     store: VectorStore | None
+    view: Callable[[Index], Index]
+    origin: Origin | None
+    foundation: Foundation | None
+    old_store: VectorStore | None = None
+    missing: OnTheFly | None = None
 
     def root(self, split: str) -> str:
-        return getattr(self.config.data, split)
+        return self.origin.test if split == OLD else getattr(self.config.data, split)
+
+    def read(self, split: str) -> Index:
+        """What the run sees of a split as it is now."""
+        index = read_index(self.root(split), retry_of(self.config.data))
+        return as_extended(index, self.schema) if split == OLD else self.view(index)
+
+    def vectors(self, split: str) -> FrozenVectors | None:
+        """Where the batches of a split get their texts' frozen vectors from."""
+        store = self.old_store if split == OLD else self.store
+        if store is None:
+            return None
+        missing = self.missing if store.info.recipe == self.store.info.recipe else None
+        return FrozenVectors(store, self.root(split), missing and missing.load())
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Width of every table."""
+        return _dims(self.specs)
 
     def reopen_store(self) -> None:
         """See the text vectors that were added since."""
@@ -68,11 +102,15 @@ class Prepared:
             self.store = VectorStore.open(self.config.text.store)
 
 
-def prepare(config: Config, ranks: int | None = None) -> Prepared:
+def prepare(
+    config: Config, ranks: int | None = None, run: Path | None = None, view: Callable[[Index], Index] | None = None
+) -> Prepared:
     """Check everything that can be checked without other ranks.
 
     Args:
         ranks: of the run, where it is not this process's.
+        run: its folder, where it is not that of the config.
+        view: what the run sees of an index, where that is not all.
 
     Raises:
         UserError: every fault found, one a line.
@@ -88,7 +126,12 @@ def prepare(config: Config, ranks: int | None = None) -> Prepared:
 
     data, ranks = config.data, ranks or world_size()
     roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
-    indexes = {split: attempt(read_index, root, retry_of(data)) for split, root in roots.items() if root is not None}
+    view = view or _whole
+    indexes = {
+        split: attempt(lambda root=root: view(read_index(root, retry_of(data))))
+        for split, root in roots.items()
+        if root is not None
+    }
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
     if data.streams < ranks:
         faults.append(
@@ -96,12 +139,15 @@ def prepare(config: Config, ranks: int | None = None) -> Prepared:
             "multiple of it"
         )
     train = indexes.get("train")
-    specs, features = None, []
+    specs, features, origin, foundation, missing = None, [], None, None, None
     if train is not None:
         schema = train.schema
         faults += _data_faults(config, indexes)
         features = used_features(schema, config)
-        specs = attempt(table_specs, schema, config.tables, features)
+        if config.finetune.run is not None:
+            origin, foundation = attempt(where_it_starts, config, schema, run or config.run_folder) or (None, None)
+            features = [name for name in features if origin is None or name not in origin.left_out]
+        specs = attempt(specs_of, schema, config, features, origin)
         managed = [fault_of_rows(spec.name, spec.rows, ranks) for spec in specs or [] if spec.managed]
         faults += filter(None, managed)
         if specs is not None and config.tables.plan is not None:
@@ -110,16 +156,34 @@ def prepare(config: Config, ranks: int | None = None) -> Prepared:
             attempt(check_kernels, specs, device.type)
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
-        if config.text.mode == "full":
+            attempt(store.check_pooling, config.text.pooling)
+            if config.text.missing == "encode":
+                missing = attempt(_on_the_fly, config, store, train.tokenizer)
+        if config.text.trains:
             folder = attempt(resolve_model_folder, config.text.model)
-            attempt(_check_tokenizer, config.text.model, folder, data.train, train.tokenizer)
+            longest = attempt(_longest_text, config.text) if folder is not None else None
+            attempt(_check_tokenizer, config.text.model, folder, data.train, train.tokenizer, longest)
         # Faulty overrides hide no fault of the model, for which any widths will do.
         dims = _dims(specs) if specs is not None else dict.fromkeys(schema.table_sizes(), TablesConfig().dim)
-        attempt(_try_model, schema, config, dims, features)
+        is_model = attempt(_try_model, schema, config, dims, features)
+        prepared = Prepared(config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing)
+        has_texts = store is not None or config.text.mode != "frozen"
+        if origin is not None and specs is not None and is_model and has_texts:
+            faults += attempt(finetune_faults, prepared) or []
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise UserError(f"this run cannot start:\n{lines}")
-    return Prepared(config, schema, indexes, features, specs, store)
+    return prepared
+
+
+def _on_the_fly(config: Config, store: VectorStore, tokenizer: TokenizerInfo | None) -> OnTheFly:
+    text = config.text
+    model = text.model or store.info.model
+    return OnTheFly(store.info.recipe, model, tokenizer, choose_device(config), text.batch_tokens, config.data.train)
+
+
+def _whole(index: Index) -> Index:
+    return index
 
 
 def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
@@ -142,14 +206,25 @@ def _data_faults(config: Config, indexes: dict[str, Index | None]) -> list[str]:
     return faults
 
 
-def _check_tokenizer(model: str, folder: Path | None, root: str, tokenizer: TokenizerInfo | None) -> None:
+def _longest_text(text: TextConfig) -> int | None:
+    """Tokens that the co-trained language model takes; None where any number. Finds what is wrong with `text`."""
+    from ..text.cotrain import cotrained_encoder
+
+    return cotrained_encoder(text, Reduction(), empty=True).max_tokens
+
+
+def _check_tokenizer(
+    model: str, folder: Path | None, root: str, tokenizer: TokenizerInfo | None, longest: int | None
+) -> None:
     """Refuse a language model that would read another tokenizer's ids, or longer texts than it can.
 
-    `folder` is the model's, None where that is a fault already.
+    Args:
+        folder: the model's, None where that is a fault already.
+        longest: tokens that the model takes; None where any number, or where that is a fault already.
     """
     if tokenizer is None:
         raise UserError(
-            f"text.mode is full, but {root} was built without a tokenizer: build it with --tokenizer {model}"
+            f"text.mode trains {model}, but {root} was built without a tokenizer: build it with --tokenizer {model}"
         )
     if folder is None:
         return
@@ -158,7 +233,6 @@ def _check_tokenizer(model: str, folder: Path | None, root: str, tokenizer: Toke
             f"{root} has token ids of {tokenizer.name}, whose tokenizer is not that of text.model {model}: build it "
             f"with --tokenizer {model}"
         )
-    longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
     if longest is not None and tokenizer.max_length > longest:
         raise UserError(
             f"{root} has texts of up to {tokenizer.max_length} tokens, text.model {model} takes {longest}: build it "
@@ -166,35 +240,15 @@ def _check_tokenizer(model: str, folder: Path | None, root: str, tokenizer: Toke
         )
 
 
-def _try_model(schema: Schema, config: Config, dims: dict[str, int], features: list[str]) -> None:
+def _try_model(schema: Schema, config: Config, dims: dict[str, int], features: list[str]) -> bool:
     """Build the model without memory, for the faults that only the model knows."""
     with torch.device("meta"):
         FoundationModel(schema, config.model, dims, 0, None, features, Reduction())
+    return True
 
 
 def _dims(specs: list[TableSpec]) -> dict[str, int]:
     return {spec.name: spec.dim for spec in specs}
-
-
-def used_features(schema: Schema, config: Config) -> list[str]:
-    """The features that this config's model reads, in schema order."""
-    text = config.text.mode != "none"
-    history = config.model.history.kind != "none"
-    history_text = text and history and config.model.history.use_text
-    used = []
-    for name, feature in schema.features.items():
-        if name in config.data.exclude_features:
-            continue
-        if feature.kind == "text" and not text or feature.kind == "texts" and not history_text:
-            continue
-        if feature.role == "history" and not history:
-            continue
-        used.append(name)
-    return used
-
-
-def retry_of(data: DataConfig) -> Retry:
-    return Retry(data.retries, data.retry_seconds, data.timeout_seconds)
 
 
 def agree_on_index(prepared: Prepared, split: str, look_again: bool = False) -> None:
@@ -206,15 +260,15 @@ def agree_on_index(prepared: Prepared, split: str, look_again: bool = False) -> 
     Raises:
         UserError: a rank does not see what rank 0 sees.
     """
-    root, retry = prepared.root(split), retry_of(prepared.config.data)
+    root = prepared.root(split)
     if look_again and dist.get_rank() == 0:
-        prepared.indexes[split] = read_index(root, retry)
+        prepared.indexes[split] = prepared.read(split)
     index = prepared.indexes[split]
     shared = [(index.generation, index.statistics, fingerprint(index))]
     dist.broadcast_object_list(shared)
     generation, statistics, expected = shared[0]
     if index.generation < generation:
-        index = read_index(root, retry)
+        index = prepared.read(split)
     if index.generation >= generation:
         # The statistics are of all that one has seen, and decide the sharding plan.
         index = replace(index.between(FROM_THE_START, generation), statistics=statistics)
@@ -229,15 +283,16 @@ def agree_on_index(prepared: Prepared, split: str, look_again: bool = False) -> 
     prepared.indexes[split] = index
 
 
-def build_stream(prepared: Prepared, split: str, rank: int, world: int) -> Stream:
-    """Every row of a split once, in the index's order."""
+def build_stream(prepared: Prepared, split: str, rank: int, world: int, shuffled: bool = False) -> Stream:
+    """Every row of a split once, in the index's order, or `shuffled`, so that the first rows stand for all."""
     config, index = prepared.config, prepared.indexes[split]
     order = Order(
         index,
         streams=config.data.streams,
         batch_size=config.evaluate.batch_size or config.data.batch_size,
         seed=config.run.seed,
-        arrangement="index",
+        window=config.data.shuffle_window if shuffled else None,
+        arrangement="shuffled" if shuffled else "index",
     )
     return _stream(prepared, split, order, index, rank, world)
 
@@ -278,13 +333,13 @@ def _weights(data: DataConfig, index: Index, every_row: bool) -> list[float] | N
 
 
 def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: int, world: int) -> Stream:
-    config = prepared.config
+    config, vectors = prepared.config, prepared.vectors(split)
     return Stream(
         ShardReader(
             prepared.root(split),
             index,
             prepared.features,
-            config.text.mode == "full",
+            config.text.trains or vectors is not None and vectors.missing is not None,
             damaged=config.data.damaged,
             max_damaged_share=config.data.max_damaged_share,
             retry=retry_of(config.data),
@@ -292,7 +347,7 @@ def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: in
         order,
         rank=rank,
         world_size=world,
-        vectors=prepared.store.lookup if prepared.store else None,
+        vectors=vectors,
         id_maps=id_maps(prepared.schema, config.tables.overrides, prepared.features),
         read_ahead=config.data.read_ahead,
     )
@@ -302,10 +357,11 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
     """The dense model, initialised by run.seed alone: equal on every rank."""
     config = prepared.config
     encoder, width = None, prepared.store.width if prepared.store else 0
-    if config.text.mode == "full":
-        from ..text.encoder import load_text_encoder
+    if config.text.trains:
+        from ..text.cotrain import cotrained_encoder
 
-        encoder = load_text_encoder(config.text.model)
+        torch.manual_seed(config.run.seed)  # for the adapters
+        encoder = cotrained_encoder(config.text, reduction)
         width = encoder.width
     torch.manual_seed(config.run.seed)
     return FoundationModel(
@@ -313,9 +369,17 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
     )
 
 
-def build_engine(prepared: Prepared, process: Process, batch_rows: int):
-    """The dense model in its DeepSpeed engine, for `batch_rows` rows of a rank. Collective."""
+def build_engine(prepared: Prepared, process: Process, batch_rows: int, start: Saved | None = None):
+    """The dense model in its DeepSpeed engine, for `batch_rows` rows of a rank. Collective.
+
+    Args:
+        start: the foundation's checkpoint, verified, where the model starts from it.
+    """
     config, model = prepared.config, build_model(prepared, DistributedReduction())
+    if start is not None:
+        fill_dense(start, model, names_of(prepared).own, len(prepared.origin.domains), prepared.origin.start_rows())
+    if prepared.origin is not None:
+        freeze(model, frozen_names(config.finetune, names_of(prepared)))
     return make_engine(model, config.dense, config.text, batch_rows, process.world_size, process.device)
 
 

@@ -34,12 +34,15 @@ class Trainer:
         prepared: the checked config.
         process: this rank.
         earlier: the checkpoint to go on from, None for a new run.
+        start: the foundation's checkpoint that a new run starts from, None for a start at random.
 
     Raises:
         UserError: the checkpoint is of another model or data set, or there is nothing left to do.
     """
 
-    def __init__(self, prepared: Prepared, process: Process, earlier: Saved | None = None) -> None:
+    def __init__(
+        self, prepared: Prepared, process: Process, earlier: Saved | None = None, start: Saved | None = None
+    ) -> None:
         self.prepared, self.process = prepared, process
         config = self.config = prepared.config
         state = state_of(earlier)
@@ -50,12 +53,14 @@ class Trainer:
         batch_rows = self.passes.stream.batch_rows
         tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
-        self.engine = build_engine(prepared, process, batch_rows)
+        self.engine = build_engine(prepared, process, batch_rows, start)
         self.hybrid = Hybrid(tables, sharded, self.engine, process.device, self._learning_rate_factor, self.step)
         self.converted = []
         if earlier:
             self.converted = checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
+        elif start:
+            self.converted = checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
         self.tasks = {task: spec.label for task, spec in self.engine.module.tasks.items()}
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}
@@ -98,8 +103,8 @@ class Trainer:
     def _learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(self.config.dense, step, self.passes.at(step).total)
 
-    def train(self, tracker: NoTracker) -> dict[str, float]:
-        """Train to the end and save; returns seconds and rows per second of training alone.
+    def train(self, tracker: NoTracker, save: bool = True) -> dict[str, float]:
+        """Train to the end and save, if asked; returns seconds and rows per second of training alone.
 
         Raises:
             Stopped: a rank was told to stop; what was done is saved.
@@ -112,11 +117,13 @@ class Trainer:
         try:
             self._train(tracker, agreement, record, watch)
             seconds = watch.seconds
-            self.save()
+            if save:
+                self.save()
             self.writer.wait()
         finally:
             agreement.close()
             record.close()
+        agreement.leave()
         rows = self.passes.rows_until(self.step)
         return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(rows / seconds, 1)}
 
@@ -209,6 +216,10 @@ class Trainer:
         """Metrics over a whole split. Collective."""
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
         return evaluate(self.prepared, self.tasks, stream, self.hybrid.predict, self.hybrid.sharded)
+
+    def close(self) -> None:
+        """Let go of what the engine holds beside its memory, where the process goes on to another run."""
+        self.engine.destroy()
 
     def save(self) -> None:
         """Begin to write a checkpoint, unless this step has one. Collective."""

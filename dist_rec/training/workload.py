@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 from ..config import Config
 from ..data.index import FeatureStatistics
+from ..data.vocabulary import undivided
 from ..embeddings.tables import TableSpec
 from ..schema import Schema
 from ..text.store import STORE_NAME, read_store_info
@@ -43,6 +45,20 @@ class Workload:
     def with_tables(self, changes: dict[str, dict[str, Any]]) -> Self:
         """The same with other fields of single tables' specs."""
         return replace(self, specs=[replace(s, **changes.get(s.name, {})) for s in self.specs])
+
+    @property
+    def key_lengths(self) -> dict[str, float]:
+        """Mean number of ids a row by key of the tables' specs. Nobody has counted those of a divided vocabulary's
+        parts: they are taken to have as much of a feature's ids as of its rows."""
+        rows = Counter()
+        for spec in self.specs:
+            rows[spec.vocabulary] += spec.rows
+        return {
+            key: self.lengths[undivided(key)] * (spec.rows / rows[spec.vocabulary])
+            for spec in self.specs
+            for key in spec.features
+            if undivided(key) in self.lengths
+        }
 
     def batch_rows(self, ranks: int) -> int:
         """Rows of one rank's batch, the largest of all ranks."""

@@ -1,4 +1,4 @@
-"""One data set of eleven public search and recommendation domains, for the foundation model.
+"""One data set of twelve public search and recommendation domains, for the foundation model.
 
     python shards/recipes/foundation.py --out shards/built/foundation
     python shards/recipes/foundation.py --out /tmp/small --domains homedepot,beauty --max-rows-per-domain 20000
@@ -10,6 +10,7 @@ and the SOURCE.md of each set say where the raw files come from. Domains:
 * online_retail, beauty, toys, cds, movies_tv, games, scientific, office: history, target and
   `ctr`: 1 for the target, 0 for sampled items that the user never had. Split by time or
   leave-one-out (`amazon.py`, `retail.py`).
+* ml1m: the same of MovieLens-1M, where a rating above 3 counts as had; leave-one-out (`movielens.py`).
 
 All rows have one format (`schemas/foundation.yaml`). The negatives are a sample, so AUC over
 them ranks models; it is no click-through rate, and calibration means nothing here.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from amazon import LOADERS
 from common import SCHEMAS, Part, arguments, build_parts, positive, raw_root, run, workspace, write_part
+from movielens import liked_movies
 from retail import online_retail
 from rows import SAMPLING, Sampling, capped, recommendation_tables
 from search import SOURCES, search_table
@@ -77,6 +79,8 @@ def write_domain(
         return write_part(search_table(domain, root, max_rows, sampling.seed), folder, domain)
     if domain == "online_retail":
         catalog, targets, owned = online_retail(root, targets_per_user, max_history)
+    elif domain == "ml1m":
+        catalog, targets, owned = liked_movies(root, targets_per_user, max_history)
     else:
         catalog, targets, owned = LOADERS[domain](domain, root, targets_per_user, max_history)
     targets = capped(domain, targets, max_rows, sampling)

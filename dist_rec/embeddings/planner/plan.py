@@ -163,7 +163,7 @@ def make_plan(
 
     Args:
         batch_size: rows of one rank's batch.
-        pooling_factors: mean number of ids a row, per feature (from the index's statistics).
+        pooling_factors: mean number of ids a row, per key of `TableSpec.features`.
         reserved: bytes of every rank that are taken already.
         wire: precision of vectors between ranks, `fp32`, `bf16` or `fp16`.
 

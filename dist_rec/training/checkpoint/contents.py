@@ -72,9 +72,11 @@ class Contents:
         sources: of each file, by its name in the checkpoint.
         tensors: `tables`, `dense` and `pending` as in the manifest, with this rank's pieces only.
         dense_steps: steps that the dense optimizer has counted.
+        clock: as in the manifest.
     """
 
     dense_steps: int
+    clock: int | None
     sources: dict[str, list[Source]] = field(default_factory=dict)
     tensors: dict[str, dict[str, TensorInfo]] = field(default_factory=lambda: {group: {} for group in FOLDERS})
 
@@ -92,7 +94,13 @@ class Contents:
         return self._sizes(only_gpu=True)
 
     def add(
-        self, group: str, name: str, shape: tuple[int, ...], box: Box, tensors: dict[str, tuple[Tensor, torch.dtype]]
+        self,
+        group: str,
+        name: str,
+        shape: tuple[int, ...],
+        box: Box,
+        tensors: dict[str, tuple[Tensor, torch.dtype]],
+        frozen: bool = False,
     ) -> None:
         """One piece with all its kinds; an empty one only says that there are such tensors."""
         file = f"{FOLDERS[group]}/rank-{dist.get_rank():05d}.safetensors"
@@ -101,7 +109,7 @@ class Contents:
             for kind, (tensor, dtype) in tensors.items()
         }
         info = self.tensors[group].setdefault(
-            name, TensorInfo(shape=list(shape), flat=group != TABLES, kinds=kinds, pieces=[])
+            name, TensorInfo(shape=list(shape), flat=group != TABLES, kinds=kinds, pieces=[], frozen=frozen)
         )
         if not box.volume:
             return
@@ -127,13 +135,14 @@ class Contents:
 def contents_of(sharded: ShardedTables, engine) -> Contents:
     """This rank's part of the model as it is; reads no values yet. Collective where tables have managed ids."""
     state = DenseState(engine)
-    contents = Contents(state.steps)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     managed = managed_ids(sharded)
+    # That of frozen tables stands still.
+    contents = Contents(state.steps, max((ids.clock for ids in managed.values()), default=None))
     for shard in filter(None, (shard.share(rank, ranks) for shard in local_shards(sharded))):
         numbers = managed[shard.table].by_row() if shard.table in managed else {}
         tensors = {kind: (tensor, tensor.dtype) for kind, tensor in (shard.tensors | numbers).items()}
-        contents.add(TABLES, shard.table, shard.shape, shard.box, tensors)
+        contents.add(TABLES, shard.table, shard.shape, shard.box, tensors, shard.table in sharded.frozen)
     for table, (total, first, pending) in pending_parts(sharded).items():
         tensors = {kind: (tensor, tensor.dtype) for kind, tensor in pending.items()}
         contents.add(PENDING, table, (total,), Box((first,), (len(pending[ID]),)), tensors)

@@ -37,6 +37,7 @@ def inspect(saved: Saved) -> dict[str, Any]:
                 if kind not in (WEIGHT, *VOCABULARY_KINDS)
             },
             "managed": ID in info.kinds,
+            "frozen": info.frozen,
         }
         for name, info in manifest.tables.items()
     }
@@ -71,7 +72,8 @@ def print_inspection(found: dict[str, Any]) -> None:
     table = Table("table", "rows", "dim", "dtype", "sharding", "shards", "optimizer state")
     for name, info in found["tables"].items():
         rows, dim = info["shape"]
-        states = ", ".join(f"{kind} a {per}" for kind, per in info["optimizer"].items()) or "none"
+        none = "frozen" if info["frozen"] else "none"
+        states = ", ".join(f"{kind} a {per}" for kind, per in info["optimizer"].items()) or none
         sharding = str(info["sharding_type"] or "?")
         counted = f"{rows:,} managed" if info["managed"] else f"{rows:,}"
         table.add_row(escape(name), counted, str(dim), info["dtype"], sharding, str(info["shards"]), states)

@@ -2,7 +2,7 @@
 
 A managed table's piece has, beside weights and optimizer states, whole numbers a row: its id and what the policy keeps
 of it (`VOCABULARY_KINDS`). The ids that wait for the next look are a tensor of their own, cut over ranks (`pending`).
-The clock is the run's step.
+The clock goes on from the run that this one started from.
 
 On as many ranks as saved it, all is as it was, row for row. On another number every rank takes, by value, the ids that
 are in its range now, with their vectors, states and numbers. It may have fewer rows than it gets ids: then the coldest
@@ -12,7 +12,7 @@ said where there were several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,9 +57,11 @@ def pending_parts(sharded: nn.Module) -> dict[str, tuple[int, int, dict[str, Ten
     return {name: (sum(sizes[name]), sum(sizes[name][:rank]), pending) for name, pending in mine.items()}
 
 
-def faults_of_ids(saved: Saved, tables: dict[str, ManagedIds]) -> Iterator[str]:
-    """Where the checkpoint and the model differ in which tables are managed, and how."""
+def faults_of_ids(saved: Saved, tables: dict[str, ManagedIds], names: Collection[str]) -> Iterator[str]:
+    """Where the checkpoint and the model differ in which of the tables `names` are managed, and how."""
     for name, info in saved.manifest.tables.items():
+        if name not in names:
+            continue
         found = sorted(kind for kind in info.kinds if kind in VOCABULARY_KINDS)
         wanted = sorted(tables[name].kinds) if name in tables else []
         if found != wanted:
@@ -85,10 +87,10 @@ def restore_ids(saved: Saved, table: str, box: Box, ids: ManagedIds) -> list[str
     by_row = {kind: whole_numbers(saved, table, info, kind, box) for kind in ids.kinds}
     faults = _faults_of_piece(table, by_row[ID], dist.get_rank(), dist.get_world_size(), is_end=True)
     taken = by_row[ID] != FREE
-    faults += _faults_of_all(table, {kind: numbers[taken] for kind, numbers in by_row.items()}, saved.step)
+    faults += _faults_of_all(table, {kind: numbers[taken] for kind, numbers in by_row.items()}, saved.clock)
     more, pending = _pending(saved, table)
     if not (faults := faults + more):
-        ids.restore({kind: numbers.to(ids.device) for kind, numbers in by_row.items()}, pending, saved.step)
+        ids.restore({kind: numbers.to(ids.device) for kind, numbers in by_row.items()}, pending, saved.clock)
     return faults
 
 
@@ -105,7 +107,7 @@ def move_ids(saved: Saved, table: str, tensors: dict[str, Tensor], ids: ManagedI
         return faults, None
     capacity, found = len(tensors[WEIGHT]) - 1, len(rows)
     if found > capacity:
-        best = torch.argsort(ids.worth(kept, saved.step), descending=True, stable=True)[:capacity].sort().values
+        best = torch.argsort(ids.worth(kept, saved.clock), descending=True, stable=True)[:capacity].sort().values
         rows, kept = rows[best], {kind: numbers[best] for kind, numbers in kept.items()}
     sources = _shared_sources(info, rank, ranks)
     for kind, target in tensors.items():
@@ -115,7 +117,7 @@ def move_ids(saved: Saved, table: str, tensors: dict[str, Tensor], ids: ManagedI
     for kind in ids.kinds:
         by_row[kind] = torch.full((capacity + 1,), FREE if kind == ID else 0, dtype=torch.int64, device=ids.device)
         by_row[kind][: len(rows)] = kept[kind].to(ids.device)
-    ids.restore(by_row, pending, saved.step)
+    ids.restore(by_row, pending, saved.clock)
     return [], Moved(found, found - len(rows), len(sources))
 
 
@@ -156,7 +158,7 @@ def _pending(saved: Saved, table: str) -> tuple[list[str], dict[str, Tensor]]:
         for kind, parts in found.items():
             parts.append(numbers[kind][mine])
     pending = {kind: torch.cat(parts) for kind, parts in found.items()}
-    return faults + _faults_of_all(table, pending, saved.step), pending
+    return faults + _faults_of_all(table, pending, saved.clock), pending
 
 
 def _pieces(info: TensorInfo) -> list[Box]:
@@ -182,7 +184,7 @@ def _in_range(
                     found[kind].append(whole_numbers(saved, table, info, kind, block)[mine])
     nothing = torch.empty(0, dtype=torch.int64)
     kept = {kind: torch.cat([nothing, *parts]) for kind, parts in found.items()}
-    return faults + _faults_of_all(table, kept, saved.step), torch.cat([nothing, *rows]), kept
+    return faults + _faults_of_all(table, kept, saved.clock), torch.cat([nothing, *rows]), kept
 
 
 def _faults_of_piece(table: str, ids: Tensor, number: int, pieces: int, is_end: bool) -> list[str]:
@@ -195,13 +197,13 @@ def _faults_of_piece(table: str, ids: Tensor, number: int, pieces: int, is_end: 
     return []
 
 
-def _faults_of_all(table: str, kept: dict[str, Tensor], step: int) -> list[str]:
-    """Of ids that stand in rows or wait for one, each stands once, has come, and by `step`."""
+def _faults_of_all(table: str, kept: dict[str, Tensor], clock: int) -> list[str]:
+    """Of ids that stand in rows or wait for one, each stands once, has come, and by `clock`."""
     faults = [f"table {table!r} has an id twice"] if len(kept[ID].unique()) < len(kept[ID]) else []
     if COUNT in kept and bool((kept[COUNT] < 1).any()):
         faults.append(f"table {table!r} has an id that never came")
-    if LAST_SEEN in kept and bool(((kept[LAST_SEEN] < 1) | (kept[LAST_SEEN] > step)).any()):
-        faults.append(f"table {table!r} has an id that came at no step up to {step}")
+    if LAST_SEEN in kept and bool(((kept[LAST_SEEN] < 1) | (kept[LAST_SEEN] > clock)).any()):
+        faults.append(f"table {table!r} has an id that came at no step up to {clock}")
     return faults
 
 

@@ -70,12 +70,14 @@ class PieceInfo:
 @strict
 class TensorInfo:
     """One parameter. Pieces of a table are boxes of its rows and columns, those of a dense
-    parameter (`flat`) ranges of its elements in row-major order, as are those of pending ids."""
+    parameter (`flat`) ranges of its elements in row-major order, as are those of pending ids. A table that was
+    `frozen` has no optimizer states, whatever the optimizer."""
 
     shape: list[Size]
     flat: bool
     kinds: dict[str, KindInfo]
     pieces: list[PieceInfo]
+    frozen: bool = False
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -103,6 +105,8 @@ class Manifest:
         plan: the tables' sharding plan, for the reader.
         environment: what must be equal for the same bits: versions, ranks, threads.
         pending: of every managed table the ids that wait for a row.
+        clock: steps that managed tables have seen, in this run and those that it started from; None where there are no
+            such tables, or they have seen this run's steps.
         sha256: of all the rest.
     """
 
@@ -117,6 +121,7 @@ class Manifest:
     dense: dict[str, TensorInfo]
     files: dict[FileName, FileInfo]
     pending: dict[str, TensorInfo] = field(default_factory=dict)
+    clock: int | None = Field(default=None, ge=0)
     sha256: str = ""
 
     def groups(self) -> dict[str, dict[str, TensorInfo]]:

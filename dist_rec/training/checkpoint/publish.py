@@ -47,7 +47,7 @@ class Publisher(threading.Thread):
     Args:
         folder: of all checkpoints.
         partial: hidden folder in which the ranks write.
-        about: step, state, config, plan and environment, as in the manifest.
+        about: step, state, config, plan, environment and clock, as in the manifest.
         ranks: how many write.
         keep: how many of the newest checkpoints stay.
     """

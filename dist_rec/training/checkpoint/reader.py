@@ -40,6 +40,11 @@ class Saved:
     def step(self) -> int:
         return self.manifest.step
 
+    @property
+    def clock(self) -> int:
+        """Steps that managed tables have seen."""
+        return self.step if self.manifest.clock is None else self.manifest.clock
+
     def _file(self, name: str) -> Any:
         if name not in self._open:
             if len(self._open) >= MOST_OPEN_FILES:

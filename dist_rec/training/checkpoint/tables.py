@@ -13,17 +13,21 @@ The last two are other numbers than a run that had always been cut that way woul
 that was saved in another precision, which is rounded or widened.
 
 A table that every rank holds whole (data-parallel) is written once, each rank its share of the rows.
+
+A frozen table has no optimizer state: one that was frozen and is not begins with none, and of one that is frozen now
+the saved state is left. Both are said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...data.vocabulary import undivided
 from ...embeddings.managed import managed_ids
 from ...embeddings.sharding import ShardedTables, local_parts, table_weights
 from ...errors import UserError
@@ -84,13 +88,17 @@ def local_shards(sharded: ShardedTables) -> list[Shard]:
     return shards
 
 
-def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = True) -> list[str]:
+def load_tables(
+    saved: Saved, sharded: ShardedTables, with_optimizer: bool = True, only: Collection[str] | None = None
+) -> list[str]:
     """Fill every shard of this rank. Collective.
 
     Args:
         saved: a verified checkpoint.
         sharded: the model's tables, under any plan.
         with_optimizer: also the states of the tables' optimizer; else they stay as they are.
+        only: names of the tables to fill; the model's others stay as they are, whatever the checkpoint has. Without,
+            model and checkpoint must have the same tables.
 
     Returns:
         What had to be converted, in words, the same on all ranks; mostly nothing.
@@ -98,18 +106,28 @@ def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = Tru
     Raises:
         UserError: the checkpoint's tables or optimizer are not the model's.
     """
-    shards = local_shards(sharded)
-    shapes = {name: list(weight.size()) for name, weight in table_weights(sharded).items()}
-    managed = managed_ids(sharded)
-    faults = [*_faults(saved, shapes, shards if with_optimizer else []), *faults_of_ids(saved, managed)]
-    mean, shared, converted = set(), set(), set()
+    weights, managed = table_weights(sharded), managed_ids(sharded)
+    names = weights.keys() | saved.manifest.tables.keys() if only is None else set(only)
+    shards = [shard for shard in local_shards(sharded) if shard.table in names]
+    shapes = {name: list(weight.size()) for name, weight in weights.items() if name in names}
+    changed = {name for name in names & saved.manifest.tables.keys() if saved.manifest.tables[name].frozen}
+    changed ^= sharded.frozen & names
+    stated = [shard for shard in shards if shard.table not in changed] if with_optimizer else []
+    faults = [*_faults(saved, names, shapes, stated), *faults_of_ids(saved, managed, names)]
+    mean, shared, converted, fresh, left = set(), set(), set(), set(), set()
     moved: dict[str, Moved | None] = {}
     if not faults:
         for shard in shards:
             info = saved.manifest.tables[shard.table]
             precision = info.kinds[WEIGHT].dtype, DTYPES[shard.tensors[WEIGHT].dtype]
             converted |= {(*precision, shard.table)} if precision[0] != precision[1] else set()
-            kinds = list(shard.tensors) if with_optimizer else [WEIGHT]
+            kinds = list(shard.tensors) if with_optimizer and shard.table not in changed else [WEIGHT]
+            if with_optimizer and shard.table in changed:
+                for kind in shard.tensors.keys() - {WEIGHT}:
+                    shard.tensors[kind].zero_()
+                    fresh.add(shard.table)
+                if info.kinds.keys() - {WEIGHT, *VOCABULARY_KINDS}:
+                    left.add(shard.table)
             if (ids := managed.get(shard.table)) is not None:
                 if not same_cut(saved, shard.table, shard.box):
                     found, moved[shard.table] = move_ids(
@@ -133,7 +151,7 @@ def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = Tru
             if precision[0] != precision[1] and not shard.tensors[WEIGHT].isfinite().all():
                 faults.append(f"table {shard.table!r} has weights that {precision[1]} cannot hold: keep {precision[0]}")
     everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (faults, mean, shared, converted, moved))
+    dist.all_gather_object(everyone, (faults, mean, shared, converted, fresh, left, moved))
     faults = sorted({fault for found, *_ in everyone for fault in found})
     if faults:
         lines = "\n".join(f"  - {fault}" for fault in faults[:MOST_FAULTS])
@@ -142,10 +160,15 @@ def load_tables(saved: Saved, sharded: ShardedTables, with_optimizer: bool = Tru
         )
     _, *sets, taken = zip(*everyone, strict=True)
     by_table = {table: [one[table] for one in taken if table in one] for table in set().union(*taken)}
+    for name in managed.keys() - names:
+        # Of tables that this run adds: all have one clock.
+        managed[name].clock = saved.clock
     return [*_said(*(set().union(*some) for some in sets)), *said_of(by_table)]
 
 
-def _said(mean: set[str], shared: set[str], converted: set[tuple[str, str, str]]) -> Iterator[str]:
+def _said(
+    mean: set[str], shared: set[str], converted: set[tuple[str, str, str]], fresh: set[str], left: set[str]
+) -> Iterator[str]:
     for before, now, table in sorted(converted):
         yield f"table {table}: weights were saved as {before} and are {now} now"
     if mean:
@@ -158,16 +181,33 @@ def _said(mean: set[str], shared: set[str], converted: set[tuple[str, str, str]]
             f"tables {', '.join(sorted(shared))}: every column shard starts with the optimizer state of the wider "
             "shard that it was part of (row-wise Adagrad)"
         )
+    if fresh:
+        yield f"tables {', '.join(sorted(fresh))}: they were frozen, so their optimizer states begin anew"
+    if left:
+        yield f"tables {', '.join(sorted(left))}: they are frozen, so their saved optimizer states are left out"
 
 
-def _faults(saved: Saved, shapes: dict[str, list[int]], shards: list[Shard]) -> list[str]:
-    tables = saved.manifest.tables
-    faults = [f"table {name!r} is not in the config" for name in tables.keys() - shapes.keys()]
-    faults += [f"table {name!r} is not in the checkpoint" for name in shapes.keys() - tables.keys()]
+def _faults(saved: Saved, names: set[str], shapes: dict[str, list[int]], shards: list[Shard]) -> list[str]:
+    """Why these tables cannot be filled.
+
+    Args:
+        shapes: of those that the model has.
+        shards: of those whose states must be alike.
+    """
+    tables = {name: info for name, info in saved.manifest.tables.items() if name in names}
+    faults = [f"table {name!r} is not in the config" for name in names - shapes.keys()]
+    faults += [f"table {name!r} is not in the checkpoint" for name in names - tables.keys()]
     for name in tables.keys() & shapes.keys():
         (rows, dim), wanted = tables[name].shape, shapes[name]
         if [rows, dim] != wanted:
-            faults.append(f"table {name!r} is {rows} x {dim}, the config wants {wanted[0]} x {wanted[1]}")
+            ways = [f"set tables.overrides.{undivided(name)}.dim to {dim}"] if dim != wanted[1] else []
+            if rows != wanted[0]:
+                ways.append(
+                    "take the data set that it was trained on, or one that extends it, with the size, hash or managed "
+                    f"that tables.overrides.{undivided(name)} had"
+                )
+            sizes = f"{rows} x {dim}, the config wants {wanted[0]} x {wanted[1]}"
+            faults.append(f"table {name!r} is {sizes}: {'; '.join(ways)}")
     for shard in shards:
         if shard.table in tables:
             kinds = tables[shard.table].kinds.items()

@@ -85,6 +85,7 @@ class Writer:
             self._pinned = contents.pinned_bytes
         if self.rank == 0:
             about = {"step": step, "state": state, "config": config, "plan": plan, "environment": environment()}
+            about["clock"] = contents.clock
             self._publisher = Publisher(self.folder, partial, about, self.ranks, self.config.keep)
             self._publisher.start()
         self._job = _Job(self.folder, partial, step, contents.described(), files)

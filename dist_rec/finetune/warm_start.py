@@ -1,0 +1,98 @@
+"""The dense model filled from a foundation's checkpoint, with rows for the domains that it did not know.
+
+A parameter that is stacked by domain has the foundation's rows first, as its domains come first; a further row is
+the mean of those, or a copy of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..schema import Schema
+from ..training.checkpoint import Saved
+from ..training.checkpoint.boxes import Box
+from ..training.checkpoint.dense import buffers
+from ..training.checkpoint.manifest import BUFFER, PARAMETER
+from .freeze import LANGUAGE_MODEL
+
+Shapes = dict[str, tuple[int, ...]]
+MOST_SHOWN = 5
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """Shape of every parameter and buffer that a checkpoint holds."""
+    return {name: tuple(one.shape) for name, one in [*model.named_parameters(), *buffers(model).items()]}
+
+
+def own_parameters(build: Callable[[Schema], nn.Module], schema: Schema) -> set[str]:
+    """Names of the parameters that are stacked by domain: those that one more domain makes longer.
+
+    Args:
+        build: the model of a schema, as cheaply as can be (on the meta device).
+    """
+    names = schema.domains.names
+    more = replace(schema, domains=replace(schema.domains, names=[*names, "one more " + "".join(names)]))
+    before, after = shapes_of(build(schema)), shapes_of(build(more))
+    return {name for name, shape in before.items() if after[name] != shape}
+
+
+def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domains: int) -> list[str]:
+    """Which dense parameters of a model the checkpoint cannot fill; a handful, and how many more.
+
+    The language model's own may be missing: then they are as `text.model` has them.
+
+    Args:
+        wanted: of the model.
+        own: names of those that are stacked by domain.
+        known_domains: K of the checkpoint.
+    """
+    found = {name: tuple(info.shape) for name, info in saved.manifest.dense.items()}
+    faults = []
+    for name, shape in wanted.items():
+        there = found.get(name)
+        if there is None:
+            if not name.startswith(LANGUAGE_MODEL):
+                faults.append(f"{name} is not in the foundation's checkpoint")
+        elif there != (expected := (known_domains, *shape[1:]) if name in own else shape):
+            faults.append(f"{name} is {list(there)} in the foundation's checkpoint, this config wants {list(expected)}")
+    faults += [
+        f"{name} is in the foundation's checkpoint, this config has no use for it"
+        for name in found.keys() - wanted.keys()
+    ]
+    faults.sort()
+    more = [f"and {len(faults) - MOST_SHOWN} more parameters"] if len(faults) > MOST_SHOWN else []
+    return faults[:MOST_SHOWN] + more
+
+
+def fill_dense(saved: Saved, model: nn.Module, own: Collection[str], known_domains: int, starts: list[int | None]):
+    """Fill an unsharded model. Every rank reads the whole of it.
+
+    Args:
+        saved: the foundation's checkpoint, verified.
+        own: names of the parameters that are stacked by domain.
+        known_domains: K of the checkpoint.
+        starts: of every further domain, the number of the one that it begins as; None for the mean of all.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    if faults := shape_faults(shapes_of(model), own, saved, known_domains):
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        raise UserError(f"the model of {saved.folder} is not that of this config:\n{lines}")
+    tensors = [(name, PARAMETER, one.data) for name, one in model.named_parameters()]
+    tensors += [(name, BUFFER, one) for name, one in buffers(model).items()]
+    for name, kind, tensor in tensors:
+        if name not in saved.manifest.dense or not tensor.numel():
+            continue
+        target = tensor[:known_domains] if name in own else tensor
+        flat = target.view(-1)
+        saved.fill(name, saved.manifest.dense[name], kind, Box.whole(flat.shape), flat)
+        if name in own:
+            with torch.no_grad():
+                for row, start in enumerate(starts, known_domains):
+                    tensor[row] = target.mean(0) if start is None else target[start]

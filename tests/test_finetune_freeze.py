@@ -1,0 +1,155 @@
+"""What stays as it was: presets, globs, and that frozen parameters do not move by one bit under any ZeRO stage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from finetunes import dist_rec
+from safetensors.torch import load_file
+
+from dist_rec.config import FinetuneConfig
+from dist_rec.errors import UserError
+from dist_rec.finetune.derive import Wishes, derive
+from dist_rec.finetune.describe import describe
+from dist_rec.finetune.freeze import Names, freeze_faults, frozen_names
+from dist_rec.finetune.old_domains import compared, read_old
+from dist_rec.training import checkpoint
+from dist_rec.training.setup import prepare
+
+NAMES = Names(
+    dense=[
+        "text_encoder.model.layer.weight",
+        "text_encoder.model.layer.lora_A.default.weight",
+        "text_projection.weight",
+        "history_encoders.0.positions",
+        "user.join.weight",
+        "entities.item.layers.id.weight",
+        "entities.item.gate.null",
+        "domains.weight",
+        "adaptation.weight",
+        "body.levels.0.shared.layers.0.weight",
+        "body.levels.0.gate.weight",
+        "body.towers.layers.0.weight",
+        "body.skip.weight",
+    ],
+    own={"entities.item.gate.null", "domains.weight", "adaptation.weight", "body.levels.0.gate.weight"}
+    | {"body.towers.layers.0.weight"},
+    tables=["item", "item@1"],
+    known={"item"},
+)
+TRAINED = {
+    "none": set(NAMES.all),
+    "L0": set(NAMES.all) - {"tables.item"},
+    "L0+L1": {"tables.item@1", *NAMES.own, "body.levels.0.shared.layers.0.weight", "body.skip.weight"},
+    "adaptor": {"tables.item@1", *NAMES.own},
+    "lora": {"tables.item@1", *NAMES.own, "text_encoder.model.layer.lora_A.default.weight"},
+    "head": {"tables.item@1", "body.towers.layers.0.weight"},
+}
+
+
+@pytest.mark.parametrize("preset", TRAINED)
+def test_a_preset_trains_its_level_and_the_rows_of_new_ids(preset):
+    assert set(NAMES.all) - frozen_names(FinetuneConfig(freeze=preset), NAMES) == TRAINED[preset]
+
+
+def test_the_later_list_of_globs_wins():
+    config = FinetuneConfig(freeze="head", freeze_names=["*"], train_names=["body.s*", "tables.item"])
+    assert set(NAMES.all) - frozen_names(config, NAMES) == {"body.skip.weight", "tables.item"}
+
+
+@pytest.mark.parametrize(
+    ("config", "mode", "said"),
+    [
+        (FinetuneConfig(freeze="lora"), "frozen", "text.mode is frozen: set text.mode lora, or take adaptor"),
+        (FinetuneConfig(train_names=["adaptaton.weight"]), "none", "'adaptaton.weight' is .* Did you mean 'adaptation"),
+        (FinetuneConfig(freeze_names=["*"]), "none", "leaves no dense parameter to train"),
+        (FinetuneConfig(freeze_names=["*"], train_names=["tables.*"]), "none", "leaves no dense parameter to train"),
+    ],
+)
+def test_what_cannot_be_is_refused(config, mode, said):
+    import re
+
+    assert len(faults := freeze_faults(config, NAMES, mode)) == 1 and re.search(said, faults[0]), faults
+
+
+def test_a_glob_of_nothing_is_refused_before_any_rank_starts(foundation):
+    config, _, _ = derive(*foundation, Wishes(train_names=["domain.weight"]), 1)
+    with pytest.raises(UserError, match="finetune.train_names: 'domain.weight'.*Did you mean 'domains.weight'"):
+        prepare(config)
+
+
+def test_a_dry_run_counts_every_parameter_once(foundation):
+    run, data = foundation
+    said = dist_rec("finetune", run, "--data", data, "--name", "dry", "--freeze", "L0+L1", "--dry-run", "--json")
+    assert said.returncode == 0, said.stderr
+    told = json.loads(said.stdout.splitlines()[-1])
+    assert not (run.parent / "dry").exists()
+    config, _, _ = derive(run, data, Wishes(name="dry", freeze="L0+L1"), 1)
+    assert told == describe(prepare(config)) and told["domains"] == {"fresh": "mean"}
+    every = [*told["modules"].values(), *told["tables"].values()]
+    saved = checkpoint.read_manifest(checkpoint.find(run)).manifest
+    before = sum(torch.Size(info.shape).numel() for info in [*saved.dense.values(), *saved.tables.values()])
+    assert told["total"]["trained"] + told["total"]["frozen"] - told["total"]["new"] == before
+    assert told["tables"]["item_id@1"]["trained"] == told["tables"]["item_id@1"]["new"] > 0
+    assert told["tables"]["item_id"]["trained"] == told["modules"]["user"]["trained"] == 0
+    assert all(entry["trained"] + entry["frozen"] > 0 for entry in every)
+    assert told["modules"]["entities.item.gate"]["frozen"] == 0
+
+
+def tensors(run) -> dict[str, torch.Tensor]:
+    """The flat weights of a run's checkpoint of one rank, by name."""
+    folder, found = checkpoint.find(run), {}
+    manifest = checkpoint.read_manifest(folder).manifest
+    for name, info in {**manifest.dense, **manifest.tables}.items():
+        kind = next(kind for kind in info.kinds if kind in ("parameter", "weight"))
+        pieces = sorted(info.pieces, key=lambda piece: piece.offset)
+        files = {piece.file: load_file(folder / piece.file) for piece in pieces}
+        parts = [
+            value.flatten()
+            for piece in pieces
+            for key, value in files[piece.file].items()
+            if key == checkpoint.reader.key_of(name, kind, piece.box)
+        ]
+        found[name] = torch.cat(parts)
+    return found
+
+
+@pytest.mark.parametrize(("stage", "ranks", "text"), [(0, 1, []), (1, 2, []), (3, 2, ["--dense.precision", "bf16"])])
+def test_adaptor_leaves_the_old_domains_as_they_were_to_the_bit(foundation, stage, ranks, text):
+    run, data = foundation
+    name = f"adaptor-{stage}"
+    many = ["--nproc-per-node", str(ranks)] if ranks > 1 else []
+    keys = ["--dense.zero_stage", str(stage), "--train.epochs", "2", "--train.device", "cpu", *text]
+    done = dist_rec("finetune", run, "--data", data, "--name", name, "--freeze", "adaptor", *keys, *many)
+    assert done.returncode == 0, done.stderr
+    new = run.parent / name
+    held = read_old(new)
+    assert held["before"]["domains"] == held["after"]["domains"] and len(compared(held)) >= 5
+    if text:
+        return
+    before, after = tensors(run), tensors(new)
+    config, _, _ = derive(run, data, Wishes(name="unmade", freeze="adaptor"), 1)
+    from dist_rec.training.finetuning import names_of
+
+    own = names_of(prepare(config)).own
+    for weight, values in before.items():
+        assert torch.equal(after[weight][: len(values)], values), weight
+        assert (len(after[weight]) > len(values)) == (weight in own), weight
+    moved = [n for n in own if not torch.equal(after[n][len(before[n]) :], _mean_row(before[n], 3))]
+    assert {"adaptation.weight", "body.towers.layers.0.weight", "domains.weight"} <= set(moved)
+
+
+def _mean_row(flat: torch.Tensor, domains: int) -> torch.Tensor:
+    return flat.view(domains, -1).mean(0)
+
+
+def test_weight_decay_that_shrinks_domains_without_rows_is_said(foundation):
+    run, data = foundation
+    keys = ["--dense.weight_decay", "0.1", "--train.steps", "2", "--train.device", "cpu", "--no-old"]
+    done = dist_rec("finetune", run, "--data", data, "--name", "decayed", "--freeze", "adaptor", *keys)
+    assert done.returncode == 0 and "weight_decay 0.1 shrinks" in done.stderr and "(big, middle, tiny)" in done.stderr
+    assert "was not asked for" in done.stdout
+    before, after = tensors(run), tensors(run.parent / "decayed")
+    assert not torch.equal(after["adaptation.weight"][: len(before["adaptation.weight"])], before["adaptation.weight"])
