@@ -34,8 +34,8 @@ from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint import writer as writing
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import prepare
 
 GATE = threading.Event()
 SEQUENCE_TYPES = ("row_wise", "table_wise", "column_wise")

@@ -14,8 +14,8 @@ import sys
 from dist_rec.bench.exchange import compare
 from dist_rec.config import Config
 from dist_rec.strict import from_dict
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import prepare
 
 WAYS = [("fp32", False), ("fp32", True), ("bf16", True), ("fp16", False)]
 STEPS = 2

@@ -29,8 +29,9 @@ from dist_rec.data.vocabulary import undivided
 from dist_rec.embeddings.tables import initial_rows
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import build_training_stream, prepare
+from dist_rec.training.setup import build_training_stream
 
 STEPS = 8
 

@@ -38,8 +38,8 @@ from dist_rec.errors import UserError
 from dist_rec.plan.measure import _bytes_of_ranks
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import prepare
 
 FACTORS = [1.0, 0.5, 0.25, 0.25, 0.25, 0.25]
 

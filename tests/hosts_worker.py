@@ -18,8 +18,9 @@ from dist_rec.embeddings.sharding import attach_optimizer, shard
 from dist_rec.embeddings.tables import EmbeddingTables
 from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import process_group
-from dist_rec.training.setup import build_tables, prepare
+from dist_rec.training.setup import build_tables
 
 
 def config(**tables) -> Config:

@@ -41,8 +41,9 @@ from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint import managed as managed_checkpoint
 from dist_rec.training.checkpoint.tables import local_shards
 from dist_rec.training.engine import parameter_groups
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import build_model, build_training_stream, prepare
+from dist_rec.training.setup import build_model, build_training_stream
 
 # Rows for every id on every rank; and for a few. No number divides evenly among 2 or 3 ranks.
 ROOMY = {"user_id": (8, 151), "item_id": (24, 121), "tags": (16, 41)}

@@ -31,8 +31,9 @@ from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import setup
 from dist_rec.training.engine import parameter_groups
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group
-from dist_rec.training.setup import build_model, build_training_stream, prepare
+from dist_rec.training.setup import build_model, build_training_stream
 
 RATE = 0.5
 CUTS_OF_ROWS = {"column_wise", "table_column_wise", "grid_shard"}

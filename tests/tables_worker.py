@@ -22,8 +22,8 @@ from dist_rec.config import Config
 from dist_rec.embeddings.sharders import SHARDING_TYPES
 from dist_rec.embeddings.tables import DATA_PARALLEL, SEQUENCE_SHARDING_TYPES
 from dist_rec.strict import from_dict
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import choose_device, process_group, quieten
-from dist_rec.training.setup import prepare
 
 FACTORS = [1.0, 0.5, 0.25]
 RATES = {"sgd": 5.0, "adagrad": 0.02, "rowwise_adagrad": 0.02}

@@ -27,8 +27,9 @@ from dist_rec.schema import Schema
 from dist_rec.strict import from_dict
 from dist_rec.text.store import VectorStore
 from dist_rec.training.baselines import Baselines, bm25_scores, words_of
+from dist_rec.training.prepare import prepare
 from dist_rec.training.process import Process
-from dist_rec.training.setup import build_stream, prepare
+from dist_rec.training.setup import build_stream
 
 SECONDS = 240
 ALONE = Process(rank=0, world_size=1, local_world_size=1, device=None, timeout=None)

@@ -26,7 +26,7 @@ from dist_rec.plan.suggest import suggest
 from dist_rec.schema import Schema
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.training.planning import plan_tables
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 SECONDS = 240
 WORKER = "tests/extension_worker.py"

@@ -17,16 +17,17 @@ from dist_rec.data.extend import as_extended
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
 from dist_rec.finetune.derive import Pace, Wishes, derive
-from dist_rec.finetune.domains import Texts as StoredTexts
-from dist_rec.finetune.domains import centroid, choose_starts, rule_faults
-from dist_rec.finetune.old_domains import compared, read_old
-from dist_rec.finetune.origin import read_origin
-from dist_rec.finetune.warm_start import fill_dense, own_parameters, shapes_of
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.finetuning import empty_model, names_of
-from dist_rec.training.setup import build_model, prepare
+from dist_rec.training.prepare import prepare
+from dist_rec.training.setup import build_model
+from dist_rec.training.start.domains import Texts as StoredTexts
+from dist_rec.training.start.domains import centroid, choose_starts, rule_faults
+from dist_rec.training.start.old_domains import compared, read_old
+from dist_rec.training.start.origin import read_origin
+from dist_rec.training.start.warm_start import fill_dense, own_parameters, shapes_of
 
 SMALL = ["--train.device", "cpu", "--train.epochs", "2"]
 

@@ -13,10 +13,10 @@ from dist_rec.config import FinetuneConfig
 from dist_rec.errors import UserError
 from dist_rec.finetune.derive import Wishes, derive
 from dist_rec.finetune.describe import describe
-from dist_rec.finetune.freeze import Names, freeze_faults, frozen_names
-from dist_rec.finetune.old_domains import compared, read_old
 from dist_rec.training import checkpoint
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
+from dist_rec.training.start.freeze import Names, freeze_faults, frozen_names
+from dist_rec.training.start.old_domains import compared, read_old
 
 NAMES = Names(
     dense=[

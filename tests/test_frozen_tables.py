@@ -17,7 +17,7 @@ from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint.export import inspect
 from dist_rec.training.planning import plan_tables
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 SECONDS = 240
 WORKER = "tests/frozen_worker.py"

@@ -38,7 +38,7 @@ from dist_rec.errors import UserError
 from dist_rec.schema import RAW_IDS, Schema
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 SECONDS = 240
 WORKER = "tests/managed_worker.py"

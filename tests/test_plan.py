@@ -28,7 +28,8 @@ from dist_rec.plan.command import Wishes, run
 from dist_rec.plan.request import parse_settings, read_request
 from dist_rec.plan.verify import spearman
 from dist_rec.training.dense_cost import count_dense
-from dist_rec.training.setup import build_model, build_training_stream, prepare
+from dist_rec.training.prepare import prepare
+from dist_rec.training.setup import build_model, build_training_stream
 
 TABLES = ("user_id", "item_id", "tags")
 OURS = {

@@ -20,7 +20,7 @@ from dist_rec.plan.request import read_request
 from dist_rec.plan.verify import fault_of
 from dist_rec.text.encoder import empty_text_encoder, load_text_encoder
 from dist_rec.training.dense_cost import count_dense
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 
 def machine(tmp_path, **changes):

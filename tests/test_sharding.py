@@ -19,7 +19,7 @@ from dist_rec.embeddings.tables import EmbeddingTables, table_specs
 from dist_rec.errors import UserError
 from dist_rec.schema import Schema
 from dist_rec.strict import from_dict
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 CPU = torch.device("cpu")
 ROWS = {"user": 41, "kind": 4, "item": 31}

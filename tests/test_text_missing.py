@@ -26,7 +26,8 @@ from dist_rec.text.embed import embed
 from dist_rec.text.onthefly import FrozenVectors, OnTheFly
 from dist_rec.text.paths import tokenizer_fingerprint
 from dist_rec.text.store import VectorStore
-from dist_rec.training.setup import build_stream, prepare
+from dist_rec.training.prepare import prepare
+from dist_rec.training.setup import build_stream
 
 CPU = torch.device("cpu")
 

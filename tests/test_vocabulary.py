@@ -30,8 +30,8 @@ from dist_rec.data.vocabulary import IdMap, id_maps, mix, unmix, vocabulary_faul
 from dist_rec.errors import UserError
 from dist_rec.schema import RAW_IDS, Schema
 from dist_rec.strict import from_dict
+from dist_rec.training.prepare import prepare
 from dist_rec.training.resume import find_earlier
-from dist_rec.training.setup import prepare
 
 SECONDS = 120
 RAW = {"kind": "raw"}

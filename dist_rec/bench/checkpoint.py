@@ -16,8 +16,8 @@ import torch.distributed as dist
 from ..config import Config
 from ..strict import from_dict, to_dict
 from ..training import checkpoint
+from ..training.prepare import prepare
 from ..training.process import choose_device, process_group, quieten
-from ..training.setup import prepare
 from ..training.trainer import Trainer
 from .tiny import invent
 

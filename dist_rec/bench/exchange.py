@@ -29,8 +29,10 @@ from torchrec.distributed import comm_ops, dist_data
 from ..config import Config
 from ..errors import UserError
 from ..training.hybrid import Hybrid, learning_rate_factor
+from ..training.prepare import prepare
+from ..training.prepared import Prepared
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_engine, build_stream, build_tables, build_training_stream, prepare
+from ..training.setup import build_engine, build_stream, build_tables, build_training_stream
 from ..training.trainer import seed_step
 from .clock import together
 

@@ -27,8 +27,10 @@ from ..strict import to_dict
 from ..training import checkpoint
 from ..training.checkpoint.tables import local_shards
 from ..training.hybrid import Hybrid
+from ..training.prepare import prepare
+from ..training.prepared import Prepared
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_engine, build_tables, build_training_stream, prepare
+from ..training.setup import build_engine, build_tables, build_training_stream
 from .clock import together
 from .tables import DRAWS, WARM_UP_STEPS, resident
 

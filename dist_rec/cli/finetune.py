@@ -70,15 +70,15 @@ def finetune(
     config, _, _ = derive(run, data, wishes, ranks)
     if dry_run:
         from ..finetune.describe import describe, print_description
-        from ..training.setup import prepare
+        from ..training.prepare import prepare
 
         told = describe(prepare(config, ranks))
         print_description(told)
         print_json(as_json, told)
         return
-    from ..finetune.old_domains import compared, print_old, read_old
     from ..report.table import print_evaluation
     from ..training.run import train as train_run
+    from ..training.start.old_domains import compared, print_old, read_old
 
     folder = train_run(config, look_back=old)
     if is_main():

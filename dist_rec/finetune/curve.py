@@ -34,17 +34,19 @@ from ..strict import from_dict
 from ..training.checkpoint import Saved
 from ..training.finetuning import start_of
 from ..training.passes import fingerprint
+from ..training.prepare import prepare
+from ..training.prepared import Prepared
 from ..training.process import Process, choose_device, process_group, quieten
 from ..training.reading import retry_of
-from ..training.setup import Prepared, agree_on_index, prepare
+from ..training.setup import agree_on_index
+from ..training.start.foundation import Foundation
+from ..training.start.old_domains import METRICS, metric
+from ..training.start.origin import Origin
 from ..training.tracking import NoTracker
 from ..training.trainer import Trainer
 from .curve_picture import draw
 from .curve_results import CURVE_NAME, FINETUNED, SCRATCH, SINGLE, Entry, Results, print_summary, summary
 from .derive import Splits, Wishes, derive, derived_tree, override
-from .foundation import Foundation
-from .old_domains import METRICS, metric
-from .origin import Origin
 from .single import narrowed
 
 ALL = "all"

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..schema import Schema
 from ..strict import from_dict, to_dict
 from ..training.reading import retry_of
-from .foundation import Foundation, read_foundation
+from ..training.start.foundation import Foundation, read_foundation
 
 # Steps that an epoch has at least, batches permitting, and that a run has about.
 EPOCH_STEPS, RUN_STEPS = 32, 256

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..training.finetuning import empty_model, names_of
-from ..training.setup import Prepared
-from .foundation import with_starts
-from .freeze import LANGUAGE_MODEL, TABLES, frozen_names
-from .origin import MEAN
+from ..training.prepared import Prepared
+from ..training.start.foundation import with_starts
+from ..training.start.freeze import LANGUAGE_MODEL, TABLES, frozen_names
+from ..training.start.origin import MEAN
 
 COUNTS = ("trained", "frozen", "new")
 

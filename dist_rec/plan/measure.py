@@ -25,8 +25,10 @@ from ..data.stream import Stream
 from ..embeddings.sharding import local_parts, table_weights
 from ..errors import UserError
 from ..training.hybrid import Hybrid
+from ..training.prepare import prepare
+from ..training.prepared import Prepared
 from ..training.process import Process, choose_device, process_group, quieten
-from ..training.setup import Prepared, build_engine, build_tables, build_training_stream, prepare
+from ..training.setup import build_engine, build_tables, build_training_stream
 
 WARM_UP = 2
 # Before what a rank that fails says on stderr, a line without its traceback.

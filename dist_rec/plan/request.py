@@ -15,7 +15,7 @@ from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..schema import Schema, load_schema
 from ..training.finetuning import specs_of, where_it_starts
-from ..training.setup import retry_of, used_features
+from ..training.reading import retry_of, used_features
 from ..training.workload import USUAL_TEXT_WIDTH, Workload, mean_lengths, mean_tokens, stored_width, text_shares
 
 LARGEST_TABLE = 2**62

@@ -24,7 +24,7 @@ from ..embeddings.planner import DoesNotFit
 from ..embeddings.tables import SEQUENCE_SHARDING_TYPES, table_specs
 from ..errors import UserError
 from ..training.planning import plan_tables
-from ..training.setup import prepare
+from ..training.prepare import prepare
 from ..training.workload import mean_lengths
 from .answer import Answer, latency_ms
 from .measure import FAULT

@@ -297,7 +297,7 @@ def _distances_part(distances: dict[str, Any] | None) -> list[str]:
 def _old_part(old: Any) -> list[str]:
     if not old:
         return []
-    from ..finetune.old_domains import compared
+    from ..training.start.old_domains import compared
 
     lines = [
         [row["domain"], row["task"], row["metric"], *(f"{row[k]:.4f}" for k in ("before", "after"))]

@@ -26,9 +26,9 @@ from ..errors import UserError
 from ..layers.features import row_texts
 from .exchange import Exchange
 from .metrics import Evaluation
+from .prepared import Prepared
 from .process import Process
 from .reading import retry_of
-from .setup import Prepared
 
 BM25, COSINE = "bm25", "cosine"
 K1, B = 1.5, 0.75

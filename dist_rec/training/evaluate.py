@@ -24,8 +24,10 @@ from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
+from .prepare import prepare
+from .prepared import Prepared
 from .process import Process, choose_device, process_group, quieten
-from .setup import Prepared, agree_on_index, build_model, build_stream, build_tables, prepare
+from .setup import agree_on_index, build_model, build_stream, build_tables
 
 
 @dataclass

@@ -14,8 +14,8 @@ from ..data.stream import Stream
 from ..embeddings.managed import id_counts, managed_ids
 from ..files import write_text
 from .metrics import Evaluation
+from .prepared import Prepared
 from .process import choose_device
-from .setup import Prepared
 
 FILE_NAME = "evaluation.json"
 # Of what is told of managed ids, which evaluation only reads.

@@ -1,13 +1,12 @@
 """What `finetune` of a config means for a run that is being set up: where it starts, and what of it stays.
 
-Between `setup` and `run`, which ask, and `finetune`, which knows.
+Between `prepare`, `setup` and `run`, which ask, and `start`, which knows.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,20 +14,15 @@ import torch.distributed as dist
 from ..config import Config
 from ..embeddings.tables import TableSpec, table_specs
 from ..errors import UserError
-from ..finetune.foundation import Foundation, foundation_faults, model_faults, origin_of, read_foundation, with_starts
-from ..finetune.freeze import Names, freeze_faults, frozen_tables
-from ..finetune.old_domains import AFTER, BEFORE, SKIPPED, read_old, write_old
-from ..finetune.origin import MEAN, OLD, Origin, read_origin
-from ..finetune.warm_start import own_parameters, shapes_of
 from ..layers.reduction import Reduction
 from ..models.foundation import FoundationModel
 from ..schema import Schema
-from ..text.store import VectorStore
 from .checkpoint import Saved, checkpoints, last_good
-
-if TYPE_CHECKING:
-    from .setup import Prepared
-    from .trainer import Trainer
+from .prepared import Prepared
+from .start.foundation import Foundation, foundation_faults, model_faults, origin_of, read_foundation, with_starts
+from .start.freeze import Names, freeze_faults, frozen_tables
+from .start.origin import MEAN, Origin, read_origin
+from .start.warm_start import own_parameters, shapes_of
 
 
 def where_it_starts(config: Config, schema: Schema, folder: Path) -> tuple[Origin, Foundation | None]:
@@ -135,64 +129,3 @@ def how_it_starts(prepared: Prepared, start: Saved, converted: list[str]) -> str
             f"({', '.join(without)}): set it to 0 to keep them"
         )
     return "\n".join(said)
-
-
-def add_old_test(prepared: Prepared) -> str | None:
-    """Let a run read the foundation's own test rows, as `OLD`. Collective.
-
-    Returns:
-        Why not, in words; None where it does, or started at random.
-    """
-    origin, config = prepared.origin, prepared.config
-    if origin is None:
-        return None
-    fault = None
-    try:
-        if origin.test is None:
-            raise UserError("the foundation's config names no data.test.")
-        index = prepared.read(OLD)
-        if config.text.mode == "frozen":
-            same = origin.store is None or Path(origin.store).resolve() == Path(config.text.store).resolve()
-            prepared.old_store = prepared.store if same else VectorStore.open(origin.store)
-            prepared.old_store.check_tokenizer(index.tokenizer)
-            if prepared.old_store.width != prepared.store.width:
-                raise UserError(f"the vectors in {origin.store} are not as wide as those in {config.text.store}.")
-        if config.text.trains and index.tokenizer != prepared.indexes["train"].tokenizer:
-            raise UserError(f"the token ids of {origin.test} are of another tokenizer.")
-    except UserError as error:
-        fault = str(error)
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, fault)
-    fault = next((one for one in everyone if one is not None), None)
-    if fault is None:
-        prepared.indexes[OLD] = index
-    return fault
-
-
-class LookingBack:
-    """Evaluates the foundation's own test rows around a run's training. Made, and its methods called, by all ranks.
-
-    Args:
-        folder: of the run.
-        trainer: of the run.
-        why_not: why those rows are not read; None where they are.
-    """
-
-    def __init__(self, folder: Path, trainer: Trainer, why_not: str | None) -> None:
-        self.folder, self.trainer, self.why_not = folder, trainer, why_not
-
-    def before(self) -> None:
-        """Before the first step. Collective."""
-        self._keep({SKIPPED: self.why_not} if self.why_not else {BEFORE: self.trainer.evaluate(OLD)})
-
-    def after(self) -> None:
-        """After the last step. Collective."""
-        if self.why_not:
-            self._keep({SKIPPED: self.why_not})
-        else:
-            self._keep({AFTER: self.trainer.evaluate(OLD)})
-
-    def _keep(self, found: dict[str, Any]) -> None:
-        if self.trainer.process.is_main:
-            held = {} if BEFORE in found else {k: v for k, v in read_old(self.folder).items() if k != SKIPPED}
-            write_old(self.folder, held | found)

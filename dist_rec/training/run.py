@@ -11,15 +11,17 @@ import torch
 from ..config import Config, save_config
 from ..errors import UserError
 from ..files import lock, write_text
-from ..finetune.origin import write_origin, write_schema
 from ..strict import to_dict
 from . import checkpoint
 from .checkpoint import Saved
 from .evaluation import write_evaluation
-from .finetuning import LookingBack, add_old_test, how_it_starts, start_of
+from .finetuning import how_it_starts, start_of
+from .looking_back import LookingBack, add_old_test
+from .prepare import prepare
 from .process import choose_device, process_group, quieten
 from .resume import changes, differences, find_earlier
-from .setup import agree_on_index, prepare
+from .setup import agree_on_index
+from .start.origin import write_origin, write_schema
 from .tracking import NoTracker, Tracker
 from .trainer import Trainer
 

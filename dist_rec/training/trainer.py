@@ -19,10 +19,11 @@ from .checkpoint import Saved
 from .evaluation import evaluate, read_evaluation
 from .hybrid import Hybrid, learning_rate_factor
 from .passes import Pass, Passes
+from .prepared import Prepared
 from .process import Process
 from .resume import State, plan_to_keep, state_of
 from .row_record import NoRecord, RowRecord
-from .setup import Prepared, agree_on_index, build_engine, build_stream, build_tables, build_training_stream
+from .setup import agree_on_index, build_engine, build_stream, build_tables, build_training_stream
 from .summary import Account
 from .tracking import NoTracker, Stopwatch
 

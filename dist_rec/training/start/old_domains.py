@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..files import write_text
+from ...files import write_text
 
 OLD_NAME = "old_domains.json"
 BEFORE, AFTER, SKIPPED = "before", "after", "skipped"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from ..errors import UserError
-from ..files import write_text
-from ..schema import Schema
-from ..strict import from_dict, parse_json, strict, to_dict
+from ...errors import UserError
+from ...files import write_text
+from ...schema import Schema
+from ...strict import from_dict, parse_json, strict, to_dict
 
 ORIGIN_NAME = "finetune.json"
 SCHEMA_NAME = "schema.json"

@@ -6,17 +6,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config import Config, load_config
-from ..data.extend import extension_faults
-from ..data.index import Index, read_index
-from ..embeddings.tables import TableSpec
-from ..errors import UserError
-from ..schema import Schema
-from ..strict import to_dict
-from ..text.store import VectorStore
-from ..training.checkpoint import Saved, checkpoints, read_manifest
-from ..training.reading import retry_of, used_features
-from ..training.resume import changes
+from ...config import Config, load_config
+from ...data.extend import extension_faults
+from ...data.index import Index, read_index
+from ...embeddings.tables import TableSpec
+from ...errors import UserError
+from ...schema import Schema
+from ...strict import to_dict
+from ...text.store import VectorStore
+from ..checkpoint import Saved, checkpoints, read_manifest
+from ..reading import retry_of, used_features
+from ..resume import changes
 from .domains import NEAREST, Texts, choose_starts, rule_faults, text_features
 from .origin import MEAN, Origin, read_schema
 from .warm_start import Shapes, shape_faults

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..errors import UserError
-from ..schema import Schema
-from ..training.checkpoint import Saved
-from ..training.checkpoint.boxes import Box
-from ..training.checkpoint.dense import buffers
-from ..training.checkpoint.manifest import BUFFER, PARAMETER
+from ...errors import UserError
+from ...schema import Schema
+from ..checkpoint import Saved
+from ..checkpoint.boxes import Box
+from ..checkpoint.dense import buffers
+from ..checkpoint.manifest import BUFFER, PARAMETER
 from .freeze import LANGUAGE_MODEL
 
 Shapes = dict[str, tuple[int, ...]]

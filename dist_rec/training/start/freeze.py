@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..config import FinetuneConfig
-from ..errors import nearest
+from ...config import FinetuneConfig
+from ...errors import nearest
 
 TABLES = "tables."
 LANGUAGE_MODEL = "text_encoder."

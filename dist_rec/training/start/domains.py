@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import Config
-from ..data.index import Index
-from ..data.reader import ShardReader
-from ..data.remote import Retry
-from ..errors import UserError
-from ..schema import Schema
-from ..text.store import VectorStore
+from ...config import Config
+from ...data.index import Index
+from ...data.reader import ShardReader
+from ...data.remote import Retry
+from ...errors import UserError
+from ...schema import Schema
+from ...text.store import VectorStore
 from .origin import MEAN
 
 NEAREST = "nearest"

@@ -1,0 +1,67 @@
+"""`Prepared`: a checked config with what it names, before any ranks have met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import Config
+from ..data.extend import as_extended
+from ..data.index import Index, read_index
+from ..embeddings.tables import TableSpec
+from ..schema import Schema
+from ..text.onthefly import FrozenVectors, OnTheFly
+from ..text.store import VectorStore
+from .reading import retry_of
+from .start.foundation import Foundation
+from .start.origin import OLD, Origin
+
+
+@dataclass
+class Prepared:
+    """A checked config with what it names.
+
+    `features` are those that this run reads; `indexes` has `train` and, as configured, `valid`
+    and `test`, of which the run sees what `view` makes of them. Of a run that starts from another, `origin` is what it
+    keeps of that one, and `foundation` that one itself, as long as the run has no checkpoint of its own; `indexes` may
+    then have that one's test rows too (`OLD`), with their text vectors in `old_store`. `missing` makes the vectors that
+    `store` lacks, where text.missing is encode.
+    """
+
+    config: Config
+    schema: Schema
+    indexes: dict[str, Index]
+    features: list[str]
+    specs: list[TableSpec]
+    store: VectorStore | None
+    view: Callable[[Index], Index]
+    origin: Origin | None
+    foundation: Foundation | None
+    old_store: VectorStore | None = None
+    missing: OnTheFly | None = None
+
+    def root(self, split: str) -> str:
+        return self.origin.test if split == OLD else getattr(self.config.data, split)
+
+    def read(self, split: str) -> Index:
+        """What the run sees of a split as it is now."""
+        index = read_index(self.root(split), retry_of(self.config.data))
+        return as_extended(index, self.schema) if split == OLD else self.view(index)
+
+    def vectors(self, split: str) -> FrozenVectors | None:
+        """Where the batches of a split get their texts' frozen vectors from."""
+        store = self.old_store if split == OLD else self.store
+        if store is None:
+            return None
+        missing = self.missing if store.info.recipe == self.store.info.recipe else None
+        return FrozenVectors(store, self.root(split), missing and missing.load())
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Width of every table."""
+        return {spec.name: spec.dim for spec in self.specs}
+
+    def reopen_store(self) -> None:
+        """See the text vectors that were added since."""
+        if self.store is not None:
+            self.store = VectorStore.open(self.config.text.store)
