@@ -273,6 +273,7 @@ def test_inspect_and_verify_tell_what_is_there(saved, verb):
         "shards": 2,
         "optimizer": {"momentum1": "row"},
         "managed": False,
+        "frozen": False,
     }
     assert told["dense_optimizer"] == ["exp_avg", "exp_avg_sq"] and told["environment"]["world size"] == 2
     code, verified, _ = verb("verify", saved / "columns", "--json")

@@ -92,7 +92,7 @@ def cut(rows: Rows, mask: np.ndarray) -> Rows:
     return rows.take(np.flatnonzero(mask))
 
 
-def text_vectors(keys: np.ndarray) -> np.ndarray:
+def text_vectors(keys: np.ndarray, tokens: Ragged | None = None) -> np.ndarray:
     table = np.random.default_rng(1).standard_normal((NUM_TEXTS, TEXT_WIDTH)).astype(np.float32)
     return table[keys]
 
