@@ -9,9 +9,10 @@ from finetunes import dist_rec
 
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
-from dist_rec.finetune.curve import parse_sizes
+from dist_rec.finetune.curve import draw_curve, parse_sizes
 from dist_rec.finetune.curve_picture import draw, places
 from dist_rec.finetune.curve_results import Entry, Results, summary
+from dist_rec.finetune.derive import Wishes
 from dist_rec.finetune.single import narrowed
 
 COMMON = {"domain": "fresh", "task": "ctr", "logloss": 0.6, "ndcg": None, "seconds": 1.0}
@@ -92,3 +93,11 @@ def test_a_curve_grows_point_by_point_and_repeats_none(foundation, tmp_path):
     assert len(grown) == len(held) + 2 * 2
     single = [[e for e in one if e["kind"] == "single"] for one in (held, grown)]
     assert [{**e, "seconds": 0} for e in single[0]] == [{**e, "seconds": 0} for e in single[1]]
+
+
+@pytest.mark.parametrize("key", ["finetune.freeze", "data.train", "data.test", "data.domains"])
+def test_keys_that_a_curve_sets_by_itself_are_refused(foundation, tmp_path, key):
+    """Each would make every point's label untrue: all presets one, or all sizes the whole."""
+    with pytest.raises(UserError, match=f"--{key}: a curve sets this key itself"):
+        draw_curve(*foundation, Wishes(keys={key: "x"}), ["none"], [8], 1, tmp_path / "curve", 1)
+    assert not (tmp_path / "curve").exists()

@@ -50,6 +50,9 @@ from .derive import Splits, Wishes, derive, derived_tree, override
 from .single import narrowed
 
 ALL = "all"
+# Keys that a curve sets by itself, point by point: given, they would make its labels untrue.
+OWN_KEYS = ("data.train", "data.test", "data.domains", "finetune.run", "finetune.domains", "finetune.freeze")
+INSTEAD = {"finetune.domains": "--domains", "finetune.freeze": "--freeze"}
 PICTURE_NAME = "curve.png"
 
 
@@ -87,6 +90,18 @@ def parse_sizes(text: str) -> list[int | str]:
             raise UserError(f"--curve {text}: {part!r} is no number of rows: write them as 0,64,256,all.")
         sizes.append(part if part == ALL else int(part))
     return sizes
+
+
+def _check_keys(keys: dict[str, str]) -> None:
+    """Refuse overrides of what a curve sets by itself.
+
+    Raises:
+        UserError: which, and what to use instead.
+    """
+    for own in OWN_KEYS:
+        if own in keys:
+            use = f"use {INSTEAD[own]}" if own in INSTEAD else "the run and --data say it"
+            raise UserError(f"--{own}: a curve sets this key itself, point by point: leave it out, {use}.")
 
 
 def _points(sizes: list[int], seeds: int, presets: list[str], domains: list[str]) -> list[Point]:
@@ -187,6 +202,7 @@ def draw_curve(
         UserError: the data is none for this run, has no test rows, or a point's config is wrong; before any training.
     """
     quieten()
+    _check_keys(wishes.keys or {})
     config, foundation, splits = derive(run, data, wishes, ranks)
     if seeds < 1:
         raise UserError(f"--seeds {seeds} must be at least 1.")
