@@ -71,7 +71,10 @@ def finetune(
     if dry_run:
         from ..finetune.describe import describe, print_description
         from ..training.prepare import prepare
+        from ..training.resume import find_earlier
 
+        # Where a run of this name is there already, what the command would say.
+        find_earlier(config)
         told = describe(prepare(config, ranks))
         print_description(told)
         print_json(as_json, told)
