@@ -20,12 +20,12 @@ from dist_rec.finetune.derive import Pace, Wishes, derive
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
-from dist_rec.training.finetuning import empty_model, names_of
+from dist_rec.training.finetuning import empty_model, names_of, of_managed
 from dist_rec.training.prepare import prepare
 from dist_rec.training.setup import build_model
 from dist_rec.training.start.domains import Texts as StoredTexts
 from dist_rec.training.start.domains import centroid, choose_starts, rule_faults
-from dist_rec.training.start.old_domains import compared, read_old
+from dist_rec.training.start.old_domains import BEFORE, compared, read_old, unseen
 from dist_rec.training.start.origin import read_origin
 from dist_rec.training.start.warm_start import fill_dense, own_parameters, shapes_of
 
@@ -227,7 +227,32 @@ def test_a_finetuned_run_goes_on_and_is_evaluated_without_its_foundation(foundat
     assert changed.returncode == 2 and "finetune.freeze" in changed.stderr
 
 
+def test_a_dry_run_says_what_the_command_would_of_a_run_that_is_there(foundation):
+    """It would describe what that one began as, whatever is asked now."""
+    run, data = foundation
+    given = ["finetune", run, "--data", data, "--name", "there"]
+    done = dist_rec(*given, *SMALL, "--no-old")
+    assert done.returncode == 0, done.stderr
+    for asked in (["--domains", "bigg"], ["--freeze", "head"]):
+        again = dist_rec(*given, *SMALL, *asked, "--dry-run")
+        assert again.returncode == 2 and "holds a run that this config cannot go on with" in again.stderr
+
+
 def test_old_rows_are_read_under_the_new_schema(foundation):
     index = read_index(f"{foundation[0].parent.parent}/base/shards/test")
     schema = read_index(f"{foundation[1]}/train").schema
     assert as_extended(index, schema).schema.domains.names == ["big", "middle", "tiny", "fresh"]
+
+
+def test_domains_without_test_rows_are_said():
+    """As those before the foundation's own, where that was finetuned itself."""
+    domains = {
+        "first": {"ctr": {"rows": 0}, "grade": {"rows": 0}},
+        "second": {"ctr": {"rows": 3}, "grade": {"rows": 0}},
+    }
+    assert unseen({BEFORE: {"domains": domains}}) == ["first"] and unseen({"skipped": "why"}) == []
+
+
+def test_new_ids_of_a_managed_table_that_stays_are_said_to_share_a_row(prepared):
+    specs = [replace(spec, managed=spec.name == "user_id", frozen=spec.name != "tags") for spec in prepared.specs]
+    assert [one.split()[1] for one in of_managed(replace(prepared, specs=specs))] == ["user_id"]

@@ -17,7 +17,8 @@ class FinetuneConfig:
       for the one whose texts' mean vector is closest, or the name of one.
     * `freeze`: what stays as it was, by the levels of the paper: `L0` embedding tables, `L1` encoders. `adaptor` trains
       the domains' own parameters alone, `lora` those and the language model's adapters, `head` the towers alone.
-      Rows of ids that the run does not know are trained under each of them.
+      Rows that a dictionary has for ids that the run does not know are trained under each of them; a table that is
+      managed, hashed or sized by the config stays whole.
     * `freeze_names`, `train_names`: globs of names that stay, or train, whatever `freeze` says. A dense parameter is
       called as in the checkpoint, a table `tables.<name>`. The later list wins.
     """

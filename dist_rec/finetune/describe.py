@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..training.finetuning import empty_model, names_of
+from ..training.finetuning import empty_model, names_of, of_managed
 from ..training.prepared import Prepared
 from ..training.start.foundation import with_starts
 from ..training.start.freeze import LANGUAGE_MODEL, TABLES, frozen_names
@@ -23,7 +23,8 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     """Parameters by group of modules and by table: trained, frozen, and new (in neither table nor rows before).
 
     `new` are among the trained or the frozen ones: rows of further domains, tables of new ids, a language model that
-    the foundation did not train. `domains` says what further domains begin as, `left_out` which features are not read.
+    the foundation did not train. `domains` says what further domains begin as, `left_out` which features are not read,
+    `managed` of which tables new ids are not trained.
     """
     config, foundation = prepared.config, prepared.foundation
     origin = prepared.origin
@@ -60,6 +61,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "freeze": config.finetune.freeze,
         "domains": origin.starts,
         "left_out": origin.left_out,
+        "managed": of_managed(prepared),
         "rows": sum(prepared.indexes["train"].rows_of(d) for d in _read(prepared)),
         "batch_size": config.data.batch_size,
         "epochs": config.train.epochs,
@@ -99,6 +101,8 @@ def print_description(told: dict[str, Any]) -> None:
         say(f"domain {domain} begins as {'the mean of ' + ', '.join(known) if start == MEAN else start}")
     if told["left_out"]:
         say(f"left out, for the foundation did not read them: {', '.join(told['left_out'])}")
+    for one in told["managed"]:
+        say(one)
     say(
         f"{told['rows']:,} rows, batches of {told['batch_size']:,}, {told['epochs']} epochs, "
         f"{told['warmup_steps']} steps of warm-up"

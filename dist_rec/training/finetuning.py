@@ -111,6 +111,15 @@ def start_of(prepared: Prepared) -> Saved | None:
     return saved
 
 
+def of_managed(prepared: Prepared) -> list[str]:
+    """What those who expect new ids to be trained are to know of tables that stay."""
+    return [
+        f"table {spec.name} stays, and its ids are managed: those that the foundation does not know share a row"
+        for spec in prepared.specs
+        if spec.managed and spec.frozen
+    ]
+
+
 def how_it_starts(prepared: Prepared, start: Saved, converted: list[str]) -> str:
     """For the reader of a run's first lines."""
     origin, config = prepared.origin, prepared.config
@@ -120,7 +129,7 @@ def how_it_starts(prepared: Prepared, start: Saved, converted: list[str]) -> str
         said.append(f"  - domain {domain} begins as {f'the mean of {len(origin.domains)}' if begun == MEAN else begun}")
     if origin.left_out:
         said.append(f"  - left out, for the foundation did not read them: {', '.join(origin.left_out)}")
-    said += [f"  - {one}" for one in converted]
+    said += [f"  - {one}" for one in [*of_managed(prepared), *converted]]
     train, names = prepared.indexes["train"], prepared.schema.domains.names
     without = [d for d in names if not train.rows_of(d) or config.data.domains and d not in config.data.domains]
     if config.dense.weight_decay and without:

@@ -55,11 +55,23 @@ def compared(held: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def unseen(held: dict[str, Any]) -> list[str]:
+    """The domains that the foundation's test rows have none of, as where it was finetuned itself."""
+    domains = held[BEFORE]["domains"] if BEFORE in held else {}
+    return [domain for domain, tasks in domains.items() if not any(was["rows"] for was in tasks.values())]
+
+
 def print_old(folder: Path) -> None:
     """What became of the domains that the foundation knew, as a table."""
     held, console = read_old(folder), Console()
     if SKIPPED in held:
         console.print(f"the foundation's domains were not looked at: {held[SKIPPED]}", highlight=False, soft_wrap=True)
+    if missing := unseen(held):
+        console.print(
+            f"the foundation's test rows have none of {', '.join(missing)}: what became of these is not known",
+            highlight=False,
+            soft_wrap=True,
+        )
     rows = compared(held)
     if not rows:
         return
