@@ -297,7 +297,7 @@ def _distances_part(distances: dict[str, Any] | None) -> list[str]:
 def _old_part(old: Any) -> list[str]:
     if not old:
         return []
-    from ..training.start.old_domains import compared
+    from ..training.start.old_domains import compared, unseen
 
     lines = [
         [row["domain"], row["task"], row["metric"], *(f"{row[k]:.4f}" for k in ("before", "after"))]
@@ -307,7 +307,8 @@ def _old_part(old: Any) -> list[str]:
     title = "<h2>The foundation's domains, before and after</h2>"
     if not lines:
         return [title, f"<p>Not looked at: {escape(str(old.get('skipped', 'old_domains.json says nothing')))}</p>"]
-    return [title, _rows(["domain", "task", "metric", "before", "after", "difference"], lines, 3)]
+    missing = [f"<p>The test rows have none of {escape(', '.join(unseen(old)))}.</p>"] if unseen(old) else []
+    return [title, _rows(["domain", "task", "metric", "before", "after", "difference"], lines, 3), *missing]
 
 
 def _curve_part(curve: Any, run: Path) -> list[str]:
