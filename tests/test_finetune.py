@@ -25,7 +25,7 @@ from dist_rec.training.prepare import prepare
 from dist_rec.training.setup import build_model
 from dist_rec.training.start.domains import Texts as StoredTexts
 from dist_rec.training.start.domains import centroid, choose_starts, rule_faults
-from dist_rec.training.start.old_domains import BEFORE, compared, read_old, unseen
+from dist_rec.training.start.old_domains import BEFORE, KNOWN, compared, read_old, unseen
 from dist_rec.training.start.origin import read_origin
 from dist_rec.training.start.warm_start import fill_dense, own_parameters, shapes_of
 
@@ -244,13 +244,11 @@ def test_old_rows_are_read_under_the_new_schema(foundation):
     assert as_extended(index, schema).schema.domains.names == ["big", "middle", "tiny", "fresh"]
 
 
-def test_domains_without_test_rows_are_said():
-    """As those before the foundation's own, where that was finetuned itself."""
-    domains = {
-        "first": {"ctr": {"rows": 0}, "grade": {"rows": 0}},
-        "second": {"ctr": {"rows": 3}, "grade": {"rows": 0}},
-    }
-    assert unseen({BEFORE: {"domains": domains}}) == ["first"] and unseen({"skipped": "why"}) == []
+def test_old_domains_without_test_rows_are_said():
+    """As those before the foundation's own, where that was finetuned itself; the new one is none of them."""
+    domains = {name: {"ctr": {"rows": rows}} for name, rows in {"first": 0, "second": 3, "new": 0}.items()}
+    assert unseen({BEFORE: {"domains": domains}, KNOWN: ["first", "second"]}) == ["first"]
+    assert unseen({"skipped": "why"}) == []
 
 
 def test_new_ids_of_a_managed_table_that_stays_are_said_to_share_a_row(prepared):

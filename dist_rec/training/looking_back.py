@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ..errors import UserError
 from ..text.store import VectorStore
 from .prepared import Prepared
-from .start.old_domains import AFTER, BEFORE, SKIPPED, read_old, write_old
+from .start.old_domains import AFTER, BEFORE, KNOWN, SKIPPED, read_old, write_old
 from .start.origin import OLD
 from .trainer import Trainer
 
@@ -73,4 +73,4 @@ class LookingBack:
     def _keep(self, found: dict[str, Any]) -> None:
         if self.trainer.process.is_main:
             held = {} if BEFORE in found else {k: v for k, v in read_old(self.folder).items() if k != SKIPPED}
-            write_old(self.folder, held | found)
+            write_old(self.folder, held | found | {KNOWN: self.trainer.prepared.origin.domains})

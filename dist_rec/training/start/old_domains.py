@@ -18,6 +18,8 @@ from ...files import write_text
 
 OLD_NAME = "old_domains.json"
 BEFORE, AFTER, SKIPPED = "before", "after", "skipped"
+# The domains that the foundation knew.
+KNOWN = "known"
 METRICS = ("auc", "logloss", "ndcg")
 
 
@@ -56,9 +58,10 @@ def compared(held: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def unseen(held: dict[str, Any]) -> list[str]:
-    """The domains that the foundation's test rows have none of, as where it was finetuned itself."""
+    """The domains that the foundation knew and its test rows have none of, as where it was finetuned itself."""
     domains = held[BEFORE]["domains"] if BEFORE in held else {}
-    return [domain for domain, tasks in domains.items() if not any(was["rows"] for was in tasks.values())]
+    known = {domain: domains[domain] for domain in held.get(KNOWN, []) if domain in domains}
+    return [domain for domain, tasks in known.items() if not any(was["rows"] for was in tasks.values())]
 
 
 def print_old(folder: Path) -> None:
