@@ -17,6 +17,7 @@ from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
 from dist_rec.text.cotrain import CotrainedEncoder, cotrained_encoder
 from dist_rec.text.encoder import TextEncoder
+from dist_rec.training.start.warm_start import fill_dense, shape_faults, shapes_of
 
 FAMILIES = ("bert", "mpnet", "llama", "gpt2")
 
@@ -285,6 +286,33 @@ def test_checkpoints_of_any_ranks_and_zero_stage(tmp_path, models):
     verdicts(run_ranks(2, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
     words = list(jobs("load", LOADED[1]))
     verdicts(run_ranks(1, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
+
+
+class Saved:
+    """What a checkpoint of a language model alone holds, with every parameter one higher than `text.model` has it."""
+
+    def __init__(self, encoder: CotrainedEncoder) -> None:
+        self.folder, self.manifest = "saved", self
+        self.dense = {f"text_encoder.{name}": parameter for name, parameter in encoder.named_parameters()}
+
+    def fill(self, name: str, info: Tensor, kind: str, box: object, target: Tensor) -> None:
+        with torch.no_grad():
+            target.copy_(info.flatten() + 1)
+
+
+@pytest.mark.parametrize("targets", [[], ["query"]])
+def test_adapters_start_beside_a_model_that_was_trained_whole(models, targets):
+    """peft renames the layers that get one; what an adapter has learnt is never dropped unsaid."""
+    whole, adapted = make(models["bert"]), make(models["bert"], "lora", lora=LoraConfig(targets=targets))
+    model = torch.nn.ModuleDict({"text_encoder": adapted})
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    fill_dense(Saved(whole), model, (), 1, [])
+    for name, parameter in adapted.named_parameters():
+        assert torch.equal(parameter, before[name] + ("lora_" not in name)), name
+    faults = shape_faults(shapes_of(torch.nn.ModuleDict({"text_encoder": whole})), (), Saved(adapted), 1)
+    assert any("lora_A.default.weight is in the foundation's checkpoint" in fault for fault in faults)
+    more = make(models["bert"], "lora")
+    assert not shape_faults(shapes_of(torch.nn.ModuleDict({"text_encoder": more})), (), Saved(adapted), 1)
 
 
 def test_a_run_with_adapters_trains_and_is_evaluated(tmp_path, models):

@@ -22,6 +22,8 @@ from .freeze import LANGUAGE_MODEL
 
 Shapes = dict[str, tuple[int, ...]]
 MOST_SHOWN = 5
+# What peft puts into the name of a layer that gets an adapter.
+BESIDE_ADAPTER = ".base_layer."
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -41,6 +43,14 @@ def own_parameters(build: Callable[[Schema], nn.Module], schema: Schema) -> set[
     return {name for name, shape in before.items() if after[name] != shape}
 
 
+def stored_name(name: str, found: Collection[str]) -> str:
+    """The name under which a checkpoint has a parameter of a model: without what an adapter beside it adds, where
+    that layer had none when it was saved."""
+    if name in found or not name.startswith(LANGUAGE_MODEL):
+        return name
+    return name.replace(BESIDE_ADAPTER, ".")
+
+
 def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domains: int) -> list[str]:
     """Which dense parameters of a model the checkpoint cannot fill; a handful, and how many more.
 
@@ -53,8 +63,9 @@ def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domai
     """
     found = {name: tuple(info.shape) for name, info in saved.manifest.dense.items()}
     faults = []
+    read = {name: stored_name(name, found) for name in wanted}
     for name, shape in wanted.items():
-        there = found.get(name)
+        there = found.get(read[name])
         if there is None:
             if not name.startswith(LANGUAGE_MODEL):
                 faults.append(f"{name} is not in the foundation's checkpoint")
@@ -62,7 +73,7 @@ def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domai
             faults.append(f"{name} is {list(there)} in the foundation's checkpoint, this config wants {list(expected)}")
     faults += [
         f"{name} is in the foundation's checkpoint, this config has no use for it"
-        for name in found.keys() - wanted.keys()
+        for name in found.keys() - set(read.values())
     ]
     faults.sort()
     more = [f"and {len(faults) - MOST_SHOWN} more parameters"] if len(faults) > MOST_SHOWN else []
@@ -86,12 +97,14 @@ def fill_dense(saved: Saved, model: nn.Module, own: Collection[str], known_domai
         raise UserError(f"the model of {saved.folder} is not that of this config:\n{lines}")
     tensors = [(name, PARAMETER, one.data) for name, one in model.named_parameters()]
     tensors += [(name, BUFFER, one) for name, one in buffers(model).items()]
+    stored = saved.manifest.dense
     for name, kind, tensor in tensors:
-        if name not in saved.manifest.dense or not tensor.numel():
+        source = stored_name(name, stored)
+        if source not in stored or not tensor.numel():
             continue
         target = tensor[:known_domains] if name in own else tensor
         flat = target.view(-1)
-        saved.fill(name, saved.manifest.dense[name], kind, Box.whole(flat.shape), flat)
+        saved.fill(source, stored[source], kind, Box.whole(flat.shape), flat)
         if name in own:
             with torch.no_grad():
                 for row, start in enumerate(starts, known_domains):
