@@ -20,13 +20,14 @@ from dist_rec.data.blocks import text_key
 from dist_rec.data.index import read_index
 from dist_rec.data.rows import Ragged
 from dist_rec.errors import UserError
-from dist_rec.strict import from_dict
+from dist_rec.strict import from_dict, to_dict
 from dist_rec.text import onthefly
 from dist_rec.text.embed import embed
 from dist_rec.text.onthefly import FrozenVectors, OnTheFly
 from dist_rec.text.paths import tokenizer_fingerprint
 from dist_rec.text.store import VectorStore
 from dist_rec.training.prepare import prepare
+from dist_rec.training.resume import check_vectors
 from dist_rec.training.setup import build_stream
 
 CPU = torch.device("cpu")
@@ -159,6 +160,30 @@ def test_what_cannot_be_encoded_alike_is_refused(texts, small, tiny_model, tmp_p
 
 
 @pytest.mark.slow
+def test_a_model_is_not_read_with_vectors_of_another_kind(texts, tiny_model, tmp_path):
+    """Of the same width, so that no shape tells; precision may differ, and what notes nothing is taken."""
+
+    class Saved:
+        folder = "saved"
+
+    def saved(**state):
+        Saved.manifest = type("Manifest", (), {"state": state})
+        return Saved
+
+    whole = VectorStore.open(texts / "whole")
+    made = to_dict(whole.info.recipe)
+    check_vectors(saved(vectors=made), whole)
+    check_vectors(saved(vectors={**made, "compute": "bf16", "dtype": "float32"}), whole)
+    for state in ({}, {"vectors": None}):
+        check_vectors(saved(**state), whole)
+    check_vectors(saved(vectors=made), None)
+    with pytest.raises(UserError, match="saved was trained on other text vectors: .*by another language model"):
+        check_vectors(saved(vectors={**made, "model_fingerprint": "x"}), whole)
+    embed([str(texts / "shards")], tiny_model, str(tmp_path / "cls"), pooling="cls")
+    with pytest.raises(UserError, match="by pooling cls instead of mean"):
+        check_vectors(saved(vectors=made), VectorStore.open(tmp_path / "cls"))
+
+
 def test_half_a_store_and_the_model_train_as_the_whole_store_does(texts):
     losses, evaluations = [], []
     for given in (config(texts, "whole"), config(texts, "half", missing="encode")):

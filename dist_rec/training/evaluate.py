@@ -27,6 +27,7 @@ from .evaluation import evaluate, write_evaluation
 from .prepare import prepare
 from .prepared import Prepared
 from .process import Process, choose_device, process_group, quieten
+from .resume import check_vectors
 from .setup import agree_on_index, build_model, build_stream, build_tables
 
 
@@ -72,6 +73,7 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
         for name in prepared.indexes:
             agree_on_index(prepared, name)
         saved = checkpoint.read_state(found)
+        check_vectors(saved, prepared.store)
         tables, sharded, _ = build_tables(prepared, process)
         converted = checkpoint.load_tables(saved, sharded, with_optimizer=False)
         if converted and process.is_main:

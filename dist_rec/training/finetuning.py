@@ -19,6 +19,7 @@ from ..models.foundation import FoundationModel
 from ..schema import Schema
 from .checkpoint import Saved, checkpoints, last_good
 from .prepared import Prepared
+from .resume import check_vectors
 from .start.foundation import Foundation, foundation_faults, model_faults, origin_of, read_foundation, with_starts
 from .start.freeze import Names, freeze_faults, frozen_tables
 from .start.origin import MEAN, Origin, read_origin
@@ -79,6 +80,10 @@ def finetune_faults(prepared: Prepared) -> list[str]:
     if prepared.foundation is not None:
         wanted = shapes_of(empty_model(prepared, prepared.schema))
         faults += model_faults(prepared.foundation, config, prepared.specs, wanted, names.own)
+        try:
+            check_vectors(prepared.foundation.saved, prepared.store)
+        except UserError as error:
+            faults.append(str(error))
     return faults
 
 

@@ -16,6 +16,7 @@ from ..config import Config, load_config
 from ..errors import UserError
 from ..launch import is_restart
 from ..strict import from_dict, strict, to_dict
+from ..text.store import Recipe, VectorStore
 from .checkpoint import Saved, checkpoints
 from .passes import Position
 from .process import Process
@@ -151,10 +152,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], config: list[Change
 
 @strict
 class State:
-    """What a checkpoint holds beside tensors."""
+    """What a checkpoint holds beside tensors; `vectors` is how the frozen text vectors that it read were made."""
 
     position: Position | None = None
     summary: Summary = field(default_factory=Summary)
+    vectors: Recipe | None = None
 
 
 def state_of(earlier: Saved | None) -> State:
@@ -171,6 +173,30 @@ def state_of(earlier: Saved | None) -> State:
             f"the state in {earlier.folder} is not that of step {earlier.step}: restore an older checkpoint."
         )
     return state
+
+
+def check_vectors(saved: Saved | None, store: VectorStore | None) -> None:
+    """Refuse to read a checkpoint's model with text vectors of another kind than it was trained on.
+
+    Precision may differ, and where texts were cut. Checkpoints from before this was kept are taken as they are.
+
+    Raises:
+        UserError: the vectors of `store` are another language model's, or pooled otherwise.
+    """
+    held = saved.manifest.state.get("vectors") if saved is not None else None
+    if held is None or store is None:
+        return
+    then, now = from_dict(Recipe, held, f"the state in {saved.folder}"), store.info.recipe
+    if then.model_fingerprint != now.model_fingerprint:
+        differs = "by another language model"
+    elif then.pooling != now.pooling:
+        differs = f"by pooling {now.pooling} instead of {then.pooling}"
+    else:
+        return
+    raise UserError(
+        f"{saved.folder} was trained on other text vectors: those in {store.folder} were made {differs}. Name its own "
+        "store in text.store, or embed the texts anew."
+    )
 
 
 def plan_to_keep(earlier: Saved | None, process: Process, config: Config) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from .finetuning import how_it_starts, start_of
 from .looking_back import LookingBack, add_old_test
 from .prepare import prepare
 from .process import choose_device, process_group, quieten
-from .resume import changes, differences, find_earlier
+from .resume import changes, check_vectors, differences, find_earlier
 from .setup import agree_on_index
 from .start.origin import write_origin, write_schema
 from .tracking import NoTracker, Tracker
@@ -55,6 +55,7 @@ def train(config: Config, look_back: bool = True) -> Path:
         for split in prepared.indexes:
             agree_on_index(prepared, split)
         earlier = checkpoint.last_good(folder / "checkpoints") if has_earlier[0] else None
+        check_vectors(earlier, prepared.store)
         if config.data.from_watermark and not earlier:
             raise UserError(
                 f"data.from_watermark trains on what was appended since a checkpoint, and {folder} has none: train it "

@@ -227,7 +227,12 @@ class Trainer:
         if self.step == self.saved_step:
             return
         self.saved_step = self.step
-        state = State(position=self.passes.position(self.step), summary=self.account.gather(self.passes))
+        store = self.prepared.store
+        state = State(
+            position=self.passes.position(self.step),
+            summary=self.account.gather(self.passes),
+            vectors=store.info.recipe if store else None,
+        )
         self.writer.save(
             step=self.step,
             sharded=self.hybrid.sharded,
