@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_a_run_without_vectors_says_so_and_still_has_bm25(wordy):
         found["bm25"]["domains"]["tools"]["relevance"]["rows"]
         == int(baselines.asked.sum()) - (found["bm25"]["domains"]["shop"]["relevance"]["rows"])
     )
+
+
+def test_texts_that_a_finetuned_run_leaves_out_have_no_cosine(wordy):
+    """Its batches do not have them, though there is a store."""
+    prepared = prepare(load_config(wordy))
+    read = [name for name in prepared.features if name != "query"]
+    baselines = Baselines(replace(prepared, features=read, store=object()), {"relevance": "relevance"}, "test", ALONE)
+    assert list(baselines.evaluations) == ["bm25"]
+    assert baselines.left_out == {"cosine": "this run does not read query and title"}
 
 
 def test_data_without_queries_are_refused(wordy):

@@ -77,6 +77,9 @@ class Baselines:
         if prepared.store is None:
             mode = prepared.config.text.mode
             self.left_out[COSINE] = f"this run reads no frozen vectors (its text.mode is {mode})"
+        elif unread := [name for name in (self.query, self.item) if name not in prepared.features]:
+            # A finetuned run leaves out what its foundation did not read.
+            self.left_out[COSINE] = f"this run does not read {' and '.join(unread)}"
         else:
             self.about[COSINE] = (
                 f"cosine of the vectors of {self.query} and {self.item} in {prepared.config.text.store}"

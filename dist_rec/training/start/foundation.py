@@ -99,6 +99,13 @@ def foundation_faults(foundation: Foundation, config: Config, schema: Schema) ->
             f"the foundation has heads for {', '.join(foundation.tasks())}, this config for {', '.join(now)}: name the "
             "foundation's in model.tasks"
         )
+    then, text = foundation.config.text, config.text
+    if then.mode == text.mode == "lora" and then.lora.alpha != text.lora.alpha:
+        # No shape tells, and every adapter would count for more or less than it was trained to.
+        faults.append(
+            f"the foundation's adapters were trained with text.lora.alpha {then.lora.alpha:g}, this config has "
+            f"{text.lora.alpha:g}: set it to the foundation's"
+        )
     return faults
 
 
