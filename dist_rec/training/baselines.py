@@ -221,7 +221,8 @@ def _blocks(
 ) -> Iterator[tuple[int, tuple[np.ma.MaskedArray, dict[int, str]], ...]]:
     """Of each block of a domain: its first row's number, and per feature its rows' text keys and the texts by key.
 
-    Keys are int64 `[rows]`, masked where the row has no text. A block that cannot be had is left out where the run
+    Keys are int64 `[rows]`, masked where the row has no text. Texts are without the prefix of their role, which is for
+    language models. A block that cannot be had is left out where the run
     leaves it out too.
     """
     for number, (shard, _) in enumerate(reader.places):
@@ -235,10 +236,12 @@ def _blocks(
             if reader.damaged == "stop":
                 raise
             continue
-        yield int(reader.first_rows[number]), *(_texts(batch, name) for name in features)
+        of_roles = reader.index.tokenizer.prefixes if reader.index.tokenizer else {}
+        roles = {name: reader.index.schema.features[name].role for name in features}
+        yield int(reader.first_rows[number]), *(_texts(batch, name, of_roles.get(roles[name], "")) for name in features)
 
 
-def _texts(batch: pa.RecordBatch, feature: str) -> tuple[np.ma.MaskedArray, dict[int, str]]:
+def _texts(batch: pa.RecordBatch, feature: str, prefix: str) -> tuple[np.ma.MaskedArray, dict[int, str]]:
     if feature not in batch.schema.names:
         # Written before the schema had it.
         return np.ma.masked_all(batch.num_rows, np.int64), {}
@@ -247,7 +250,8 @@ def _texts(batch: pa.RecordBatch, feature: str) -> tuple[np.ma.MaskedArray, dict
     missing = ~column.indices.is_valid().to_numpy(zero_copy_only=False)
     at = column.indices.fill_null(0).to_numpy()
     of_rows = keys[at] if len(keys) else np.zeros(len(at), np.int64)
-    texts = dict(zip(keys.tolist(), column.dictionary.field("text").to_pylist(), strict=True))
+    words = (text.removeprefix(prefix) for text in column.dictionary.field("text").to_pylist())
+    texts = dict(zip(keys.tolist(), words, strict=True))
     return np.ma.MaskedArray(of_rows, missing), texts
 
 
