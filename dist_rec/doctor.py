@@ -192,8 +192,9 @@ def _packages(requirements: list[Requirement], chosen: str) -> list[Check]:
     checks, rest = [], 0
     for requirement in requirements:
         extra = _extra(requirement)
-        # torchrec is pinned under `gpu` only, because on CPU it must come without its dependencies.
-        if extra in {"cpu", "gpu"} - {chosen} and requirement.name != "torchrec":
+        # torchrec is pinned under `gpu` only, because on CPU it must come without its dependencies; what brings further
+        # language models is read from its package by launchers/models.sh, not installed.
+        if extra == "models" or extra in {"cpu", "gpu"} - {chosen} and requirement.name != "torchrec":
             continue
         needed: State = "warn" if extra in _OPTIONAL else "fail"
         purpose = _OPTIONAL.get(extra, "")

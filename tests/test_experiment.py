@@ -216,7 +216,7 @@ def test_the_old_results_are_still_read(capsys):
     folder = ROOT / "configs" / "experiments"
     experiment = load_experiment(folder / "ml1m_three_domains.yaml")
     done = read_results(folder / "results" / "ml1m_three_domains.json")
-    assert len(done) == 35
+    assert len(done) == 48
     held = values_of(done, "random", "mmoe+DA", "ctr", "auc")
     assert len(held) == 9 and held[0, "young"] == 0.80673
     print_results(experiment, done)
