@@ -273,6 +273,13 @@ def test_a_fault_of_a_block_fetched_ahead_is_raised_where_it_is_used(server):
         reader.rows(3)
 
 
+def eventually(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
 @pytest.mark.parametrize("fault", ["hang", 500])
 def test_a_consumer_that_leaves_ends_a_read_under_way(server, fault):
     index = read_index(server.url)
@@ -281,12 +288,12 @@ def test_a_consumer_that_leaves_ends_a_read_under_way(server, fault):
     stream = Stream(reader, Order(index, streams=8, batch_size=8, seed=1, window=8), read_ahead=1)
     batches = stream.batches(epoch=0)
     next(batches)
-    reader._decoded.clear()
-    server.always = fault
     before = server.tars()
-    while server.tars() == before:
+    server.always = fault
+    reader._decoded.clear()
+    # The next batch would wait for a read that has begun: look for one long enough before asking for it.
+    while not eventually(lambda: server.tars() > before, seconds=2):
         next(batches)
-        time.sleep(0.1)
     began = time.monotonic()
     batches.close()
     assert time.monotonic() - began < 2 and not [t for t in threading.enumerate() if t.name == "read-ahead"]
