@@ -247,7 +247,8 @@ GLOBAL = [
     {"regulariser": {"kind": "mmd"}, "gating": "cls", "adaptation": {"enabled": True, "width": 5}},
     {"regulariser": {"kind": "js"}, "gating": "mean", "adaptation": {"enabled": False}, "products": False},
     {"history": {"pooling": "last", "layers": 2}},
-    {"history": {"kind": "mean"}, "text_match": False},
+    {"history": {"kind": "mean"}, "text_match": {"enabled": False}},
+    {"history": {"use_text": True}, "text_match": {"history_slope": 2.0}},
     {"embedding_l2": 0.1, "body": {"kind": "mmoe", "skip": True}},
 ]
 
@@ -388,21 +389,46 @@ def test_embedding_l2_is_the_mean_over_rows_of_their_squared_norms():
     assert losses["loss"] == pytest.approx(tasks + 0.5 * expected)
 
 
-def test_text_match_is_the_cosine_of_query_and_title():
-    rows, module = make_rows(), Whole(config())
+def test_text_matches_are_cosines_with_the_title():
+    """Of the query's text, and of the mean direction of the texts of a history."""
+    rows, module = make_rows(), Whole(config(history={"use_text": True}))
     batch = as_batch(rows, 24)
-    x, _ = module.model._encode(module.tables(batch), batch)
-    found = x[:, -1].detach().numpy()
-    queries, titles, matched = rows.texts["query_text"], rows.texts["title"], 0
-    for b in range(24):
-        pair = [text_vectors(t.slice(b, b + 1).values) for t in (queries, titles)]
-        if len(pair[0]) and len(pair[1]):
-            q, t = pair[0][0], pair[1][0]
-            assert found[b] == pytest.approx(q @ t / np.linalg.norm(q) / np.linalg.norm(t), abs=1e-6)
-            matched += 1
-        else:
-            assert found[b] == 0
-    assert 0 < matched < 24
+    assert list(module.model.matched) == ["query_text", "clicked_title"]
+    matches = module.model._encode(module.tables(batch), batch)[1].detach().numpy()
+
+    def directions(name: str, b: int) -> np.ndarray:
+        found = text_vectors(rows.texts[name].slice(b, b + 1).values)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    for j, name in enumerate(module.model.matched):
+        known = [len(directions(name, b)) and len(directions("title", b)) for b in range(24)]
+        assert 0 < sum(map(bool, known)) < 24
+        np.testing.assert_array_equal(matches[:, 2 + j], np.array(known) > 0)
+        for b in range(24):
+            mean = directions(name, b).sum(0)
+            expected = mean @ directions("title", b)[0] / np.linalg.norm(mean) if known[b] else 0
+            assert matches[b, j] == pytest.approx(expected, abs=1e-6)
+
+
+def test_text_matches_add_to_the_logits_of_their_domain_and_task():
+    batch, changes = as_batch(make_rows(), 24), {"history": {"use_text": True}}
+    module = Whole(config(**changes, text_match={"query_slope": 4.0, "history_slope": 0.0}))
+    m = module.model._encode(module.tables(batch), batch)[1]
+    assert m.shape == (24, 4)
+    before = torch.stack(list(module(batch)["logits"].values()), 1)
+    with torch.no_grad():
+        # Domain 1, the history's cosine, the third task.
+        module.model.text_match.map.weight[1, 0, 1, 2] += 0.5
+    after = torch.stack(list(module(batch)["logits"].values()), 1)
+    expected = torch.zeros_like(before)
+    expected[:, 2] = torch.where(batch.domain == 1, 10 * 0.5 * m[:, 1], 0)
+    assert expected.any()
+    torch.testing.assert_close(after - before, expected)
+    with torch.no_grad():
+        module.model.text_match.map.weight.zero_()
+    without = torch.stack(list(module(batch)["logits"].values()), 1)
+    start = 4.0 * (m[:, :1] - 0.5 * m[:, 2:3])
+    torch.testing.assert_close(before - without, start.expand(-1, 3))
 
 
 def test_skip_adds_a_linear_function_of_the_experts_input_to_each_logit():

@@ -183,6 +183,19 @@ class HistoryConfig:
 
 
 @strict
+class TextMatchConfig:
+    """Cosines of text vectors: of the query and the item, and, with `history.use_text`, of each history (the mean of
+    its texts) and the item. They enter x and, with a weight of their own for each domain and task, the logits (ours).
+
+    * `query_slope`, `history_slope`: by how much a logit rises with the cosine before anything is learned.
+    """
+
+    enabled: bool = True
+    query_slope: float = 5.0
+    history_slope: float = 0.0
+
+
+@strict
 class AdaptationConfig:
     """Domain adaptation, x_hat = W_k (x + domain embedding) (CIKM'23). `width` 0 keeps that of x."""
 
@@ -240,8 +253,6 @@ class ModelConfig:
     * `width`: H, of every aspect and of E(U), E(Q), E(I).
     * `gating`: how the aspects (id, text, sparse) of a query or item are weighed.
     * `products`: add E(U)*E(I) and E(Q)*E(I) to x (ours, not the paper's).
-    * `text_match`: add the cosine of the query's and the item's text vectors to x, 0 where either is
-      missing (ours). What a projection to H keeps of a text is not enough to match words.
     * `embedding_l2`: adds this times the mean over rows of the squared norm of all pooled
       embeddings of a row. In the loss, because fbgemm's CPU kernels ignore weight decay.
     * `tasks`: heads by name (`ctr`, `relevance`, `cvr`); empty takes every label of the schema.
@@ -251,7 +262,7 @@ class ModelConfig:
     width: int = Field(default=64, ge=1)
     gating: Literal["mean", "cls", "domain"] = "domain"
     products: bool = True
-    text_match: bool = True
+    text_match: TextMatchConfig = field(default_factory=TextMatchConfig)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     history: HistoryConfig = field(default_factory=HistoryConfig)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)

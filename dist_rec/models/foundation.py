@@ -1,9 +1,9 @@
 """The multi-domain search and recommendation foundation model (Gong et al., CIKM'23).
 
     x      = E(U) (+) E(Q) (+) E(I)   (+) E(U)*E(I) (+) E(Q)*E(I) with `products` (ours)
-                                      (+) cos(t_Q, t_I) with `text_match` (ours)
+                                      (+) m, the cosines of text vectors, with `text_match` (ours)
     x_hat  = W_k (x (+) E_Dk) + b_k
-    logits = towers_k(gates_k(experts(x_hat)))
+    logits = towers_k(gates_k(experts(x_hat)))   (+ term_k(m) with `text_match`)
     L      = sum_t weight_t L_t + weight * L_reg(x_hat) + embedding_l2 * mean_b sum_f |e_bf|^2
 
 It takes looked-up embeddings and a `Batch` and knows neither tables, engines nor process groups:
@@ -32,7 +32,13 @@ from ..layers.moves import place, take
 from ..layers.per_domain import sort_by_domain
 from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.sequence import HistoryEncoder
+from ..layers.text_match import TextMatch, cosines, mean_directions
 from ..schema import Feature, Schema
+
+# By role: its id, its text, and the columns of the sparse aspect.
+Aspects = dict[str, tuple[str | None, str | None, Columns]]
+# Each sequence of events: names of the ids that list them, and their text.
+Histories = list[tuple[list[str], str | None]]
 
 REGULARISER, EMBEDDING_L2, TOTAL = "regulariser", "embedding_l2", "loss"
 
@@ -99,7 +105,7 @@ class FoundationModel(nn.Module):
         profile_width = self.profile.width + width * len(self.user_texts)
         self.user = UserEncoder(profile_width, width * len(self.histories), width)
 
-        self.aspects: dict[str, tuple[str | None, str | None, Columns]] = {}
+        self.aspects: Aspects = {}
         entities = {}
         for role in ("query", "item"):
             identity = next((n for n, f in of(role, "id").items() if f.aspect == "id"), None)
@@ -117,15 +123,15 @@ class FoundationModel(nn.Module):
             # E_D: one table, key of the domain gate and input of the adaptation.
             self.domains = nn.Embedding(num_domains, width)
             nn.init.normal_(self.domains.weight, std=width**-0.5)
-        self.matched = (
-            (texts["query"], texts["item"]) if config.text_match and texts["query"] and texts["item"] else None
-        )
-        inputs = width * (5 if config.products else 3) + (1 if self.matched else 0)
+        self.matched = _matches(self.aspects, self.histories, config)
+        inputs = width * (5 if config.products else 3) + len(self.matched)
         self.dropout = nn.Dropout(config.dropout)
         if config.adaptation.enabled:
             self.adaptation = DomainAdaptation(num_domains, inputs, width, config.adaptation.width)
             inputs = self.adaptation.outputs
         self.body = ExpertBody(config.body, inputs, num_domains, len(self.tasks))
+        if self.matched:
+            self.text_match = TextMatch(num_domains, list(self.matched.values()), len(self.tasks))
 
     def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
         """One step's predictions and losses.
@@ -141,19 +147,23 @@ class FoundationModel(nn.Module):
             `regulariser` and `embedding_l2` if there are, and `loss`, their weighted sum.
             `logits`: `[B]` by task, at least float32; anything on masked rows.
         """
-        x, domains = self._encode(embeddings, batch)
+        x, matches, domains = self._encode(embeddings, batch)
         order, sizes = sort_by_domain(batch.domain, self.num_domains)
-        x = take(self.dropout(x), order)
+        # A match dropped would read as a cosine of 0.
+        x, matches = take(torch.cat([self.dropout(x), matches[:, : len(self.matched)]], 1), order), take(matches, order)
         if self.config.adaptation.enabled:
             x = self.adaptation(x, domains, sizes)
         regulariser = self._regulariser(x, batch, order)
-        logits = full_precision(place(self.body(x, sizes), order, len(batch)))
+        logits = self.body(x, sizes)
+        if self.matched:
+            logits = logits + self.text_match(matches, sizes)
+        logits = full_precision(place(logits, order, len(batch)))
         norms = self._norms(embeddings, logits) if self.config.embedding_l2 else None
         loss, losses = self._losses(logits, batch, regulariser, norms)
         return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
 
-    def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """x `[B, 3H or 5H, + 1]` and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
+    def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[B, 3H or 5H]` without the matches, these `[B, 2J]`, and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
         dtype, device = self.body.towers.layers[0].weight.dtype, batch.domain.device
         lengths = batch.id_lengths()
         vectors = self._text_vectors(batch, dtype)
@@ -174,11 +184,17 @@ class FoundationModel(nn.Module):
         parts = [user, query, item]
         if self.config.products:
             parts += [user * item, query * item]
-        if self.matched:
-            directions = F.normalize(vectors, dim=1)
-            found = [row_texts(directions, batch.text_index[n], batch.text_lengths[n]) for (n,) in self.matched]
-            parts.append((found[0] * found[1]).sum(1, keepdim=True))
-        return torch.cat(parts, 1), domains
+        return torch.cat(parts, 1), self._text_matches(vectors, batch, like=user), domains
+
+    def _text_matches(self, vectors: Tensor, batch: Batch, like: Tensor) -> Tensor:
+        """m and which of it is known, `[B, 2J]`, from the vectors of the T distinct texts, `[T, D]`."""
+        if not self.matched:
+            return like.new_zeros(len(batch), 0)
+        directions = F.normalize(vectors, dim=1)
+        item = self.aspects["item"][1]
+        items = row_texts(directions, batch.text_index[item], batch.text_lengths[item])
+        others = [mean_directions(directions, batch.text_index[n], batch.text_lengths[n]) for n in self.matched]
+        return cosines([(other, items) for other in others])
 
     def _text_vectors(self, batch: Batch, dtype: torch.dtype) -> Tensor:
         """Vectors of the T distinct texts, `[T, D]`: stored ones, or the language model's."""
@@ -279,7 +295,16 @@ def _tasks(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
     return tasks
 
 
-def _history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> list[tuple[list[str], str | None]]:
+def _matches(aspects: Aspects, histories: Histories, config: ModelConfig) -> dict[str, float]:
+    """The J text features that are matched with the item's text, and the slope that each begins with."""
+    if not config.text_match.enabled or aspects["item"][1] is None:
+        return {}
+    query = aspects["query"][1]
+    queries = {query: config.text_match.query_slope} if query else {}
+    return queries | {text: config.text_match.history_slope for _, text in histories if text}
+
+
+def _history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> Histories:
     """Which history features list the same events, and so are summed event by event.
 
     List columns of the raw data are aligned by the schema's contract; collected histories

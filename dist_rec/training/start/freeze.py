@@ -18,7 +18,7 @@ from ...errors import nearest
 TABLES = "tables."
 LANGUAGE_MODEL = "text_encoder."
 ENCODERS = (LANGUAGE_MODEL, "text_projection.", "user.", "history_encoders.", "entities.")
-TOWERS = "body.towers."
+HEADS = ("body.towers.", "text_match.")
 ADAPTER = ".lora_"
 
 
@@ -55,7 +55,7 @@ def _is_frozen(preset: str, name: str, names: Names) -> bool:
     if preset == "L0+L1":
         return name.startswith(ENCODERS) and not own
     if preset == "head":
-        return not name.startswith(TOWERS)
+        return not name.startswith(HEADS)
     adapter = preset == "lora" and name.startswith(LANGUAGE_MODEL) and ADAPTER in name
     return not (own or adapter)
 
