@@ -163,7 +163,7 @@ class FoundationModel(nn.Module):
         return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
 
     def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """x `[B, 3H or 5H]` without the matches, these `[B, 2J]`, and E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
+        """x `[B, 3H or 5H]` without matches, `[B, 2J]` of `cosines`, E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
         dtype, device = self.body.towers.layers[0].weight.dtype, batch.domain.device
         lengths = batch.id_lengths()
         vectors = self._text_vectors(batch, dtype)
