@@ -248,7 +248,7 @@ GLOBAL = [
     {"regulariser": {"kind": "js"}, "gating": "mean", "adaptation": {"enabled": False}, "products": False},
     {"history": {"pooling": "last", "layers": 2}},
     {"history": {"kind": "mean"}, "text_match": {"enabled": False}},
-    {"history": {"use_text": True}, "text_match": {"history_slope": 2.0}},
+    {"history": {"use_text": True}, "text_match": {"slope": 2.0}},
     {"embedding_l2": 0.1, "body": {"kind": "mmoe", "skip": True}},
 ]
 
@@ -412,7 +412,7 @@ def test_text_matches_are_cosines_with_the_title():
 
 def test_text_matches_add_to_the_logits_of_their_domain_and_task():
     batch, changes = as_batch(make_rows(), 24), {"history": {"use_text": True}}
-    module = Whole(config(**changes, text_match={"query_slope": 4.0, "history_slope": 0.0}))
+    module = Whole(config(**changes, text_match={"slope": 4.0}))
     m = module.model._encode(module.tables(batch), batch)[1]
     assert m.shape == (24, 4)
     before = torch.stack(list(module(batch)["logits"].values()), 1)
@@ -427,7 +427,7 @@ def test_text_matches_add_to_the_logits_of_their_domain_and_task():
     with torch.no_grad():
         module.model.text_match.map.weight.zero_()
     without = torch.stack(list(module(batch)["logits"].values()), 1)
-    start = 4.0 * (m[:, :1] - 0.5 * m[:, 2:3])
+    start = 4.0 * (m[:, :2] - 0.5 * m[:, 2:]).sum(1, keepdim=True)
     torch.testing.assert_close(before - without, start.expand(-1, 3))
 
 

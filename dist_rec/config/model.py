@@ -187,12 +187,11 @@ class TextMatchConfig:
     """Cosines of text vectors: of the query and the item, and, with `history.use_text`, of each history (the mean of
     its texts) and the item. They enter x and, with a weight of their own for each domain and task, the logits (ours).
 
-    * `query_slope`, `history_slope`: by how much a logit rises with the cosine before anything is learned.
+    * `slope`: by how much a logit rises with each cosine before anything is learned.
     """
 
     enabled: bool = True
-    query_slope: float = 5.0
-    history_slope: float = 0.0
+    slope: float = 5.0
 
 
 @strict

@@ -26,17 +26,17 @@ class TextMatch(nn.Module):
 
     Args:
         num_domains: K.
-        slopes: J, of each match: by how much a logit rises with the cosine before anything is learned.
+        matches: J.
         tasks: number of logits.
+        slope: by how much a logit rises with each cosine before anything is learned.
     """
 
-    def __init__(self, num_domains: int, slopes: list[float], tasks: int) -> None:
+    def __init__(self, num_domains: int, matches: int, tasks: int, slope: float) -> None:
         super().__init__()
-        self.map = PerDomainLinear(num_domains, 2 * len(slopes), tasks)
-        with torch.no_grad():
-            start = torch.tensor([*slopes, *(-MIDDLE * slope for slope in slopes)]) / SPEED
-            self.map.weight.copy_(start[:, None].expand_as(self.map.weight))
-            self.map.bias.zero_()
+        self.map = PerDomainLinear(num_domains, 2 * matches, tasks)
+        nn.init.constant_(self.map.weight[:, :, :matches], slope / SPEED)
+        nn.init.constant_(self.map.weight[:, :, matches:], -MIDDLE * slope / SPEED)
+        nn.init.zeros_(self.map.bias)
 
     def forward(self, matches: Tensor, sizes: Tensor) -> Tensor:
         """`matches` `[B, 2J]` of `cosines`, rows sorted by domain, `sizes` int64 `[K]` on the CPU -> `[B, tasks]`."""

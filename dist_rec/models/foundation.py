@@ -131,7 +131,7 @@ class FoundationModel(nn.Module):
             inputs = self.adaptation.outputs
         self.body = ExpertBody(config.body, inputs, num_domains, len(self.tasks))
         if self.matched:
-            self.text_match = TextMatch(num_domains, list(self.matched.values()), len(self.tasks))
+            self.text_match = TextMatch(num_domains, len(self.matched), len(self.tasks), config.text_match.slope)
 
     def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
         """One step's predictions and losses.
@@ -295,13 +295,12 @@ def _tasks(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
     return tasks
 
 
-def _matches(aspects: Aspects, histories: Histories, config: ModelConfig) -> dict[str, float]:
-    """The J text features that are matched with the item's text, and the slope that each begins with."""
+def _matches(aspects: Aspects, histories: Histories, config: ModelConfig) -> list[str]:
+    """The J text features that are matched with the item's text."""
     if not config.text_match.enabled or aspects["item"][1] is None:
-        return {}
+        return []
     query = aspects["query"][1]
-    queries = {query: config.text_match.query_slope} if query else {}
-    return queries | {text: config.text_match.history_slope for _, text in histories if text}
+    return ([query] if query else []) + [text for _, text in histories if text]
 
 
 def _history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> Histories:
