@@ -30,6 +30,7 @@ import queries  # noqa: E402
 import retail  # noqa: E402
 import rows as recipe_rows  # noqa: E402
 
+from dist_rec.data.index import read_index  # noqa: E402
 from dist_rec.data.rows import Ragged  # noqa: E402
 from dist_rec.errors import UserError  # noqa: E402
 
@@ -425,3 +426,13 @@ def test_foundation_recipe_builds_a_data_set(tmp_path):
     assert done.returncode == 0, done.stderr
     assert list(out.rglob("index.json"))
     assert not list(tmp_path.glob(".recipe-*"))
+
+    # One domain more, as an extension: to finetune on.
+    new = tmp_path / "new"
+    options = ("--domains", "scientific", "--extends", str(out), "--max-rows-per-domain", "1500", "--workers", "1")
+    done = recipe("foundation.py", "--out", str(new), "--raw", str(RAW), *options)
+    assert done.returncode == 0, done.stderr
+    old, index = read_index(str(out / "train")), read_index(str(new / "train"))
+    assert index.extension.domains == ["scientific"]
+    assert index.schema.domains.names == [*old.schema.domains.names, "scientific"]
+    assert index.schema.features["item_id"].vocabulary.inherited == [old.schema.features["item_id"].vocabulary.size]

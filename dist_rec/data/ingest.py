@@ -201,9 +201,10 @@ def _reuse(source: Source, table: str, target: str, path: Path) -> int:
     except duckdb.Error as error:
         raise UserError(f"{path} is no vocabulary (columns value, row): {str(error).splitlines()[0]}") from None
     rows, values, distinct, low, high = con.execute(
-        f"SELECT count(*), count(DISTINCT value), count(DISTINCT row), min(row), max(row) FROM {target}"
+        f"SELECT count(*), count(DISTINCT value), count(DISTINCT row), coalesce(min(row), 1), coalesce(max(row), 0) "
+        f"FROM {target}"
     ).fetchone()
-    if rows == 0 or values != rows or distinct != rows or low < 1:
+    if values != rows or distinct != rows or low < 1:
         raise UserError(f"{path} is no vocabulary: values and rows must be distinct, rows from 1.")
     given = source.schema.features[table].vocabulary.size
     return max(high + 1, given)

@@ -250,7 +250,10 @@ def arguments(description: str, split: str | None = None) -> argparse.ArgumentPa
     parser.add_argument("--seed", type=int, default=0, help="of splits, samples and shuffles (default: 0)")
     parser.add_argument("--workers", type=positive, help="processes that build (default: as the builder chooses)")
     parser.add_argument("--tokenizer", help="tokenizer.json or Hugging Face folder; texts stay untokenised without")
-    parser.add_argument("--max-tokens", type=positive, default=32, help="tokens kept of a text (default: 32)")
+    parser.add_argument("--max-tokens", type=positive, help="tokens kept of a text (default: 32, or as in --extends)")
+    parser.add_argument(
+        "--extends", metavar="DATASET", help="write these domains as an extension of a data set that lacks them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a data set that is already there")
     if split is not None:
         parser.add_argument("--split", default=split, help=f"kind:train,valid,test (default: {split})")
@@ -269,6 +272,7 @@ def build_parts(schema, parts: Sequence[Part], split, options: argparse.Namespac
         split=split,
         tokenizer=options.tokenizer,
         max_tokens=options.max_tokens,
+        extends=options.extends,
         seed=options.seed,
         overwrite=options.overwrite,
         **extra,

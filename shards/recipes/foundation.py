@@ -2,6 +2,7 @@
 
     python shards/recipes/foundation.py --out shards/built/foundation
     python shards/recipes/foundation.py --out /tmp/small --domains homedepot,beauty --max-rows-per-domain 20000
+    python shards/recipes/foundation.py --out /tmp/toys --domains toys --extends /tmp/small    # to finetune on
 
 Reads the folder --raw, else DIST_REC_RAW, else ../shared/data beside the repository; its README
 and the SOURCE.md of each set say where the raw files come from. Domains:
