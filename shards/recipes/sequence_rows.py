@@ -187,10 +187,19 @@ def _parted(events: Ragged) -> tuple[Ragged, np.ndarray]:
     return windows(events.values, events.offsets[:-1], last, WHOLE), events.values[last]
 
 
+def training_only(sequences: Sequences) -> Sequences:
+    """The sequences without their valid and test rows."""
+    rows = np.flatnonzero(sequences.targets.split == 0)
+    times = sequences.history_time
+    return replace(
+        sequences, targets=sequences.targets.take(rows), history_time=None if times is None else times.take(rows)
+    )
+
+
 def without(sequences: Sequences, users: set[str], items: np.ndarray) -> Sequences:
     """The training sequences of other users, without some items, which leave the catalogue too.
 
-    Valid and test rows are left out: their targets would go, or their users.
+    Valid and test rows are left out: their targets would go, or their users. What goes is counted.
 
     Args:
         users: raw user ids.
@@ -228,7 +237,12 @@ def without(sequences: Sequences, users: set[str], items: np.ndarray) -> Sequenc
         history_time=times,
         asins=taken(sequences.asins),
         titles=taken(sequences.titles),
-        left_out=sequences.left_out | {"sequences too short without shared items": len(rows) - len(two)},
+        left_out=sequences.left_out
+        | {
+            "training sequences of users of a target": int((targets.split == 0).sum()) - len(rows),
+            "items of a target": int(items.sum()),
+            "training sequences of one event without items of a target": len(rows) - len(two),
+        },
     )
 
 
