@@ -1,10 +1,10 @@
 """What sequence domains share: users by raw id, items by raw id or, where either has none, by title.
 
-Sources differ in what they tell. An item of a domain is shared with a target if an item of the target has its raw id,
-or if one of the two has no raw id and both have one title (in lower case, without blanks and full stops around
-it). A target whose texts hold titles and more (scientific) is compared by every beginning of a text that ends in a full
-stop. A user is shared if the target has the raw id; a domain without raw ids shares no user that could be known,
-which the counts of known ids show.
+Sources differ in what they tell, so a count is of what is known to be shared. An item of a domain is shared with a
+target if an item of the target has its raw id, or if one of the two has no raw id and both have one title (in lower
+case, without blanks and full stops around it). A target whose texts hold titles and more (scientific) is compared by
+every beginning of a text that ends in a full stop. A user is shared if the target has the raw id; a domain without
+raw ids shares no user that could be known, which the counts of known ids show.
 """
 
 from __future__ import annotations
@@ -126,16 +126,16 @@ class Overlap:
             here, there = pair["pretraining"], pair["target"]
             if pair["users_shared"] or here["items_shared"]:
                 lines.append(
-                    f"{pair['pretraining_domain']} and {pair['target_domain']}: {pair['users_shared']:,} users in both; "
-                    f"{here['items_shared']:,} of {here['items']:,} items are the target's, {there['items_shared']:,} "
-                    f"of whose {there['items']:,} are shared ({there['items_shared_by_id']:,} by raw id)"
-                    + (": left out" if pair["removed"] else "")
+                    f"{pair['pretraining_domain']} and {pair['target_domain']}: {pair['users_shared']:,} users in both"
+                    f"; {here['items_shared']:,} of {here['items']:,} items are the target's, "
+                    f"{there['items_shared']:,} of whose {there['items']:,} are shared "
+                    f"({there['items_shared_by_id']:,} by raw id)" + (": left out" if pair["removed"] else "")
                 )
         for name, total in self.totals().items():
             pairs = [pair["pretraining"] for pair in self.pairs if pair["target_domain"] == name]
             lines.append(
-                f"target {name}: {total['users_shared']:,} of {total['users']:,} users and {total['items_shared']:,} of "
-                f"{total['items']:,} items occur in pretraining (raw ids are known of "
+                f"target {name}: {total['users_shared']:,} of {total['users']:,} users and {total['items_shared']:,}"
+                f" of {total['items']:,} items occur in pretraining (raw ids are known of "
                 f"{sum(side['users_with_raw_id'] for side in pairs):,} of its {sum(side['users'] for side in pairs):,} "
                 f"users and {sum(side['items_with_raw_id'] for side in pairs):,} of its "
                 f"{sum(side['items'] for side in pairs):,} items)"

@@ -115,6 +115,8 @@ def main() -> None:
         _check_names(named, "--overlap-with and --without-overlap")
     if options.without_overlap and not options.train_only:
         raise UserError("--without-overlap leaves items out that valid and test rows are about: add --train-only.")
+    if both := [name for name in options.domains if name in options.without_overlap]:
+        raise UserError(f"--without-overlap would leave nothing of {', '.join(both)}: take it out of --domains.")
     root = raw_root(options.raw)
     overlap = Overlap([SOURCES[name](name, root) for name in named], options.without_overlap)
     counts, parts = {}, []
@@ -127,6 +129,8 @@ def main() -> None:
             if options.without_overlap:
                 sequences = without(sequences, users, items)
             sequences = capped(framed(sequences, options.max_length), options.max_rows_per_domain, options.seed)
+            if not len(sequences.targets):
+                raise UserError(f"domain {domain!r} has no sequence of two events or more: take it out of --domains.")
             counts[domain] = statistics(sequences)
             parts.append(write_part(sequence_tables(sequences), folder, domain))
         build_parts(schema, parts, Split(kind="column", column="split"), options)
