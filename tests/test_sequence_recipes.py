@@ -158,6 +158,9 @@ def test_folding_prefers_the_user_and_survives_circles():
     items = [2, 3, 2, 4, 8, 5]
     users = [None, "a", None, "b", None, "a"]
     assert sorted(sequence_rows.fold(histories, items, users, 10)) == [[0, 1, 5], [2, 3], [4]]
+    # Of two rows that fit, the user's own, though the other stands first.
+    own = sequence_rows.fold([(1,), (1,), (1, 2)], [2, 2, 3], [None, "a", "a"], 10)
+    assert sorted(own) == [[0], [1, 2]]
     # Another known user's row is never continued.
     assert sequence_rows.fold([(1,), (1, 2)], [2, 3], ["a", "b"], 10) == [[0], [1]]
     # Cut to two, one item again and again: rows that each continue the other.
