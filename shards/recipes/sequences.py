@@ -1,0 +1,140 @@
+"""Sequence data sets for UniSRec: one row a user, a catalogue, and mixtures to pretrain on.
+
+    python shards/recipes/sequences.py --out shards/built/seq_scientific --domains scientific
+    python shards/recipes/sequences.py --out shards/built/seq_pretrain --train-only \\
+        --domains cds,movies_tv,games,beauty,toys,ml1m --overlap-with scientific
+    python shards/recipes/sequences.py --out shards/built/seq_scientific_after --domains scientific \\
+        --extends shards/built/seq_pretrain
+
+Writes OUT/train (a sequence a row, every position a target), OUT/valid and OUT/test (the item is held out),
+OUT/catalogue (an item a row) and OUT/statistics.json. Sequences longer than --max-length + 1 are cut into
+windows that overlap by one event. With a target named (--overlap-with, --without-overlap) OUT/overlap.json says
+how many users and items it shares with every domain, counted from both sides.
+
+A data set to finetune a pretrained run on --extends what that was trained on.
+
+Which public domains there are: `sequence_sources.py`. The paper's own domains (amazon_food and so on), for
+whoever has the raw files: `amazon2018.py`. Unlike the others these look for their files in --raw itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from amazon2018 import RAW_SOURCES
+from common import SCHEMAS, arguments, build_parts, positive, raw_root, run, workspace, write_part
+from overlap import Overlap
+from sequence_rows import capped, framed, sequence_tables, statistics, training_only, without
+from sequence_sources import SOURCES as PUBLIC_SOURCES
+
+from dist_rec.errors import UserError, nearest
+from dist_rec.schema import Schema, load_schema
+
+SOURCES = PUBLIC_SOURCES | RAW_SOURCES
+STATISTICS_NAME = "statistics.json"
+OVERLAP_NAME = "overlap.json"
+
+
+def sequence_schema(domains: Sequence[str], max_length: int = 50) -> Schema:
+    """The common schema, with only the named domains (in the schema's order).
+
+    Raises:
+        UserError: a name is unknown, or there is none; says which are known.
+    """
+    schema = load_schema(SCHEMAS / "sequences.yaml")
+    known = schema.domains.names
+    _check_names(domains, "--domains")
+    features = {
+        name: dataclasses.replace(feature, max_length=max_length) if feature.role == "history" else feature
+        for name, feature in schema.features.items()
+    }
+    kept = dataclasses.replace(schema.domains, names=[name for name in known if name in domains])
+    return dataclasses.replace(schema, domains=kept, features=features)
+
+
+def _check_names(names: Sequence[str], option: str) -> None:
+    if not names:
+        raise UserError(f"{option} names no domain; known: {', '.join(SOURCES)}.")
+    for name in names:
+        if name not in SOURCES:
+            raise UserError(f"{option}: unknown domain {name!r}.{nearest(name, SOURCES)} Known: {', '.join(SOURCES)}.")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = arguments(__doc__)
+    options.add_argument("--domains", metavar="A,B", type=_names, required=True, help="comma-separated")
+    options.add_argument("--max-length", type=positive, default=50, help="longest history (default: 50)")
+    options.add_argument("--train-only", action="store_true", help="no valid and test: to pretrain on")
+    options.add_argument("--max-rows-per-domain", type=positive, help="keep whole users up to this")
+    options.add_argument("--overlap-with", metavar="A,B", type=_names, default=[], help="targets to compare with")
+    options.add_argument(
+        "--without-overlap",
+        metavar="A,B",
+        type=_names,
+        default=[],
+        help="targets whose users and items are left out (needs --train-only)",
+    )
+    return options
+
+
+def report(out: Path, counts: dict[str, dict], overlap: Overlap) -> None:
+    """Write and print what was counted."""
+    (out / STATISTICS_NAME).write_text(json.dumps(counts, indent=2) + "\n")
+    for domain, count in counts.items():
+        rows = ", ".join(f"{number:,} {split}" for split, number in count["rows"].items() if number)
+        print(
+            f"{domain}: {count['users']:,} users, {count['items']:,} items, {count['interactions']:,} interactions; "
+            f"rows {rows}; {count['positions']:,} training positions"
+        )
+        for reason, number in count["left_out"].items():
+            if number:
+                print(f"    {number:,} {reason}")
+    if overlap.targets:
+        found = {"targets": overlap.totals(), "pairs": overlap.pairs}
+        (out / OVERLAP_NAME).write_text(json.dumps(found, indent=2) + "\n")
+        print("\n".join(overlap.in_words()))
+
+
+def main() -> None:
+    from dist_rec.data.build import Split
+
+    options = parser().parse_args()
+    schema = sequence_schema(options.domains, options.max_length)
+    named = list(dict.fromkeys([*options.without_overlap, *options.overlap_with]))
+    if named:
+        _check_names(named, "--overlap-with and --without-overlap")
+    if options.without_overlap and not options.train_only:
+        raise UserError("--without-overlap leaves items out that valid and test rows are about: add --train-only.")
+    if both := [name for name in options.domains if name in options.without_overlap]:
+        raise UserError(f"--without-overlap would leave nothing of {', '.join(both)}: take it out of --domains.")
+    root = raw_root(options.raw)
+    overlap = Overlap([SOURCES[name](name, root) for name in named], options.without_overlap)
+    counts, parts = {}, []
+    with workspace(options.out) as folder:
+        for domain in schema.domains.names:
+            sequences = SOURCES[domain](domain, root)
+            if options.train_only:
+                sequences = training_only(sequences)
+            users, items = overlap.add(sequences)
+            if options.without_overlap:
+                sequences = without(sequences, users, items)
+            sequences = capped(framed(sequences, options.max_length), options.max_rows_per_domain, options.seed)
+            if not len(sequences.targets):
+                raise UserError(f"domain {domain!r} has no sequence of two events or more: take it out of --domains.")
+            counts[domain] = statistics(sequences)
+            parts.append(write_part(sequence_tables(sequences), folder, domain))
+        build_parts(schema, parts, Split(kind="column", column="split"), options)
+    report(Path(options.out), counts, overlap)
+
+
+if __name__ == "__main__":
+    run(main)
