@@ -24,6 +24,7 @@ from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
+from .evaluators import TaskEvaluator
 from .prepare import prepare
 from .prepared import Prepared
 from .process import Process, choose_device, process_group, quieten
@@ -104,7 +105,8 @@ def evaluate_run(config: Config, run: Path, split: str, baselines: bool = False)
         entry: dict[str, Any] = {"split": split, "step": loaded.step}
         if loaded.converted:
             entry["converted"] = loaded.converted
-        entry |= evaluate(prepared, tasks, stream, predict, loaded.sharded)
+        evaluator = TaskEvaluator(prepared.schema, tasks, config.evaluate.ndcg_at)
+        entry |= evaluate(prepared, evaluator, stream, predict, loaded.sharded)
         if others:
             entry["baselines"] = others.compute()
         if process.is_main:

@@ -17,6 +17,7 @@ from . import checkpoint
 from .agreement import Agreement
 from .checkpoint import Saved
 from .evaluation import evaluate, read_evaluation
+from .evaluators import TaskEvaluator
 from .hybrid import Hybrid, learning_rate_factor
 from .passes import Pass, Passes
 from .prepared import Prepared
@@ -216,7 +217,8 @@ class Trainer:
     def evaluate(self, split: str) -> dict[str, Any]:
         """Metrics over a whole split. Collective."""
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
-        return evaluate(self.prepared, self.tasks, stream, self.hybrid.predict, self.hybrid.sharded)
+        evaluator = TaskEvaluator(self.prepared.schema, self.tasks, self.config.evaluate.ndcg_at)
+        return evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
 
     def close(self) -> None:
         """Let go of what the engine holds beside its memory, where the process goes on to another run."""
