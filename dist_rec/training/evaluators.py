@@ -22,9 +22,13 @@ class Evaluator(Protocol):
 
     Attributes:
         ranks_rows: whether every row gets a place of its own, so that runs can be compared row by row.
+        at: cuts of recall and NDCG, where rows get places.
+        protocol: what those places depend on beside the rows and the model.
     """
 
     ranks_rows: bool
+    at: list[int]
+    protocol: dict[str, Any]
 
     def add_batch(self, batch: Batch, output: dict[str, Any]) -> None:
         """Take a batch of this rank and the model's output for it. Local."""
@@ -48,6 +52,7 @@ class TaskEvaluator:
     ranks_rows = False
 
     def __init__(self, schema: Schema, tasks: dict[str, str], ndcg_at: int) -> None:
+        self.at, self.protocol = [], {}
         self.schema, self.tasks = schema, tasks
         self.evaluation = Evaluation(schema.domains.names, list(tasks), ndcg_at)
 
@@ -80,12 +85,15 @@ class RankingEvaluator:
     Args:
         schema: of the data.
         at: cuts of recall and NDCG.
+        protocol: what places depend on beside the rows and the model, such as whether a row's history is left out of
+            its candidates: runs are compared row by row only where these are equal.
     """
 
     ranks_rows = True
 
-    def __init__(self, schema: Schema, at: Sequence[int]) -> None:
-        self.evaluation = RankingEvaluation(schema.domains.names, at)
+    def __init__(self, schema: Schema, at: Sequence[int], protocol: dict[str, Any] | None = None) -> None:
+        self.evaluation, self.protocol = RankingEvaluation(schema.domains.names, at), protocol or {}
+        self.at = self.evaluation.at
 
     def add_batch(self, batch: Batch, output: dict[str, Any]) -> None:
         """Reads `output["rank"]`: float64 `[B]`, NaN where a row has no place."""

@@ -23,6 +23,7 @@ from .passes import Pass, Passes
 from .prepared import Prepared
 from .process import Process
 from .resume import State, plan_to_keep, state_of
+from .row_ranks import keep_ranks
 from .row_record import NoRecord, RowRecord
 from .setup import agree_on_index, build_engine, build_stream, build_tables, build_training_stream
 from .summary import Account
@@ -214,11 +215,18 @@ class Trainer:
                 f"{data.max_damaged_share:g} of {rows:,}. Run `dist-rec shards verify {data.train}`."
             )
 
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """Metrics over a whole split. Collective."""
+    def evaluate(self, split: str, keep: bool = False) -> dict[str, Any]:
+        """Metrics over a whole split. Collective.
+
+        Args:
+            keep: write every row's place into the run folder, where rows have places.
+        """
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
         evaluator = TaskEvaluator(self.prepared.schema, self.tasks, self.config.evaluate.ndcg_at)
-        return evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
+        found = evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
+        if keep:
+            keep_ranks(evaluator, self.prepared, split, self.step, self.config.run_folder)
+        return found
 
     def close(self) -> None:
         """Let go of what the engine holds beside its memory, where the process goes on to another run."""
