@@ -29,9 +29,9 @@ from .casts import literal, quote
 from .extend import merge
 from .folder import check_target, published
 from .home import dictionaries, parent_of, token_file_of
-from .index import SPLITS, Index, PrefixRole, TokenizerInfo, write_index
+from .index import Index, PrefixRole, TokenizerInfo, write_index
 from .sources import Join
-from .split import Split, parse_split
+from .split import PARTS, Split, parse_split
 from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
 from .writer import DatasetWriter
 
@@ -60,7 +60,8 @@ def build(
 ) -> list[Index]:
     """Build the data sets of `schema` from raw tables.
 
-    Without `split`, `out` is the data set; with it, `out/train`, `out/valid` and `out/test` are.
+    Without `split`, `out` is the data set; with it, `out/train`, `out/valid` and `out/test` are (and, where a column
+    deals rows to it, `out/catalogue`).
     `out/vocabulary/<table>.parquet` (value, row) holds every dictionary and `out/texts.parquet`
     (key, text, tokens) every distinct text, over all splits.
 
@@ -90,7 +91,7 @@ def build(
         overwrite: replace the data sets at `out`.
 
     Returns:
-        The index of every data set written, in the order train, valid, test.
+        The index of every data set written, in the order train, valid, test, catalogue.
 
     Raises:
         UserError: anything wrong with the input, said with file, row and value where known.
@@ -119,7 +120,7 @@ def build(
             return partial / name if split else partial
 
         def open_writer(resolved: Schema, number: int) -> DatasetWriter:
-            name = SPLITS[number] if split else "all"
+            name = PARTS[number] if split else "all"
             return DatasetWriter(folder_of(name), name, resolved, token_info, shard_rows, extension=own)
 
         work = partial / "work"

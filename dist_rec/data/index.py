@@ -22,6 +22,8 @@ from .remote import DEFAULT_RETRY, Files, Retry, Unreadable
 FORMAT = "dist_rec/1"
 INDEX_NAME = "index.json"
 SPLITS = ("train", "valid", "test")
+# One row an item: what a split by column may name besides.
+CATALOGUE = "catalogue"
 # Ten billion rows in default blocks. It is parsed whole, which takes several times its size.
 LARGEST_INDEX = 256 << 20
 TAR_UNIT = 512

@@ -7,8 +7,11 @@ from typing import Literal
 
 from ..errors import UserError
 from ..schema import Schema
-from .index import SPLITS
+from .index import CATALOGUE, SPLITS
 from .sources import Source
+
+# In the order in which they are numbered; only a column can name the last.
+PARTS = (*SPLITS, CATALOGUE)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Split:
       of one value stay together.
     * `time`: the oldest rows train, the newest test; the borders are quantiles of `keys.time`, and
       rows of one instant stay together.
-    * `column`: a raw column that says `train`, `valid` or `test`.
+    * `column`: a raw column that says `train`, `valid`, `test` or `catalogue`. The last is for rows that are items, not
+      examples: they get the ids and texts that the others use, in a data set of their own.
 
     A split of weight 0 is not written.
     """
@@ -85,7 +89,7 @@ def split_columns(split: Split | None, schema: Schema) -> dict[str, str]:
 
 
 def split_sql(source: Source, split: Split | None, seed: int) -> str:
-    """SQL over `source s` for the row's position in `SPLITS`."""
+    """SQL over `source s` for the row's position in `PARTS`."""
     con = source.con
     if split is None:
         return "0"
@@ -111,12 +115,12 @@ def split_sql(source: Source, split: Split | None, seed: int) -> str:
         return f"CASE WHEN s.{time} <= {low_time} THEN 0 WHEN s.{time} <= {high_time} THEN 1 ELSE 2 END"
     column = source.columns["split.column"]
     found = con.execute(
-        f"SELECT {column}, count(*), min(n) FROM source WHERE {column} IS NULL OR {column} NOT IN {SPLITS} "
+        f"SELECT {column}, count(*), min(n) FROM source WHERE {column} IS NULL OR {column} NOT IN {PARTS} "
         "GROUP BY 1 ORDER BY 3 LIMIT 1"
     ).fetchone()
     if found:
         raise UserError(
             f"{source.where(found[2])}: column {split.column!r} says {found[0]!r} ({found[1]} rows), "
-            f"a split is one of {', '.join(SPLITS)}."
+            f"a split is one of {', '.join(PARTS)}."
         )
-    return f"list_position({list(SPLITS)}, s.{column}) - 1"
+    return f"list_position({list(PARTS)}, s.{column}) - 1"

@@ -165,7 +165,7 @@ def run(
         max_tokens: longest token list.
         block_rows, shard_rows, workers, memory_limit: see `build`.
         prepared: told the connection and the resolved schema before anything is written.
-        open_writer: the writer of a split, by its position in `SPLITS`.
+        open_writer: the writer of a split, by its position in `split.PARTS`.
 
     Returns:
         The index of every split that has rows, in order; none is written yet.

@@ -37,6 +37,7 @@ from dist_rec.errors import UserError
 
 # Histories in these files are the user's last ten items.
 CHAIN = 10
+BY_TIME = {"cds": "amazon2018_cds_and_vinyl", "movies_tv": "amazon2018_movies_and_tv"}
 
 Loaded = tuple[Catalog, Targets, Owned]
 
@@ -206,7 +207,7 @@ def _evaluation_rows(path: Path) -> Iterator[tuple[str, list[int], int, int, lis
 
 def load_by_time(domain: str, root: Path, targets_per_user: int | None, max_history: int) -> Loaded:
     """cds or movies_tv: all given rows; `targets_per_user` has no users to count in training."""
-    folder = raw_folder(root, {"cds": "amazon2018_cds_and_vinyl", "movies_tv": "amazon2018_movies_and_tv"}[domain])
+    folder = raw_folder(root, BY_TIME[domain])
     catalog = _numbered_titles(folder / "item_titles.txt")
     train = read_tsv(folder / "train.tsv.gz", ("history", "item"))
     with reading(folder / "train.tsv.gz"):

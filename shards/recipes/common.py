@@ -258,17 +258,22 @@ def arguments(description: str, split: str | None = None) -> argparse.ArgumentPa
 
 
 def build_parts(schema, parts: Sequence[Part], split, options: argparse.Namespace) -> None:
-    """Hand the parts to the shared builder and print what every domain got."""
+    """Hand the parts to the shared builder and print what every domain got.
+
+    Where `options.extends` names a data set, texts are cut as its are.
+    """
     from dist_rec.data.build import build
 
     extra = {} if options.workers is None else {"workers": options.workers}
+    extends = getattr(options, "extends", None)
     build(
         schema,
         [part.path for part in parts],
         options.out,
         split=split,
         tokenizer=options.tokenizer,
-        max_tokens=options.max_tokens,
+        max_tokens=None if extends else options.max_tokens,
+        extends=extends,
         seed=options.seed,
         overwrite=options.overwrite,
         **extra,

@@ -25,11 +25,11 @@ from rows import Catalog, Owned, Targets, windows
 COLUMNS = ("InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "CustomerID", "Country")
 
 
-def read_invoices(root: Path) -> pa.Table:
-    """Lines with a customer that are no cancellations, sorted by customer, then time, then file order.
+def read_lines(root: Path) -> pa.Table:
+    """Every line of every invoice: by day, then in the file's order.
 
     Returns:
-        columns `COLUMNS`; InvoiceDate as int64 seconds, CustomerID without its ".0".
+        columns `COLUMNS`, null where empty; InvoiceDate as timestamp.
     """
     path = raw_folder(root, "uci_online_retail") / "by-day.tar.gz"
     options = pyarrow.csv.ConvertOptions(
@@ -45,7 +45,16 @@ def read_invoices(root: Path) -> pa.Table:
                 days[member.name] = pyarrow.csv.read_csv(
                     io.BytesIO(archive.extractfile(member).read()), convert_options=options
                 )
-        lines = pa.concat_tables(days[name] for name in sorted(days))
+        return pa.concat_tables(days[name] for name in sorted(days))
+
+
+def read_invoices(root: Path) -> pa.Table:
+    """Lines with a customer that are no cancellations, sorted by customer, then time, then file order.
+
+    Returns:
+        columns `COLUMNS`; InvoiceDate as int64 seconds, CustomerID without its ".0".
+    """
+    lines = read_lines(root)
     real = pc.and_(
         pc.is_valid(lines["CustomerID"]),
         pc.and_(pc.invert(pc.starts_with(lines["InvoiceNo"], "C")), pc.greater(lines["Quantity"], 0)),

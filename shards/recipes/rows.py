@@ -221,8 +221,8 @@ def recommendation_tables(
         columns = {
             "domain": pa.repeat(domain, n),
             "split": split_names(part.split),
-            "user": _prefixed(domain, part.user),
-            "user_id": _prefixed(domain, part.user_id),
+            "user": prefixed(domain, part.user),
+            "user_id": prefixed(domain, part.user_id),
             "country": part.country,
             "history": pa.ListArray.from_arrays(offsets, ids.take(past)),
             "history_text": pa.ListArray.from_arrays(offsets, texts.take(past)),
@@ -235,14 +235,15 @@ def recommendation_tables(
         yield as_rows(columns, n)
 
 
-def as_rows(columns: dict[str, pa.Array | None], n: int) -> pa.Table:
-    """A table of `ROW`; absent columns are null."""
+def as_rows(columns: dict[str, pa.Array | None], n: int, row: pa.Schema = ROW) -> pa.Table:
+    """A table of `row`; absent columns are null."""
     arrays = []
-    for field in ROW:
+    for field in row:
         column = columns.get(field.name)
         arrays.append(pa.nulls(n, field.type) if column is None else column.cast(field.type))
-    return pa.table(arrays, schema=ROW)
+    return pa.table(arrays, schema=row)
 
 
-def _prefixed(domain: str, names: pa.Array) -> pa.Array:
+def prefixed(domain: str, names: pa.Array) -> pa.Array:
+    """Names or ids that no other domain has."""
     return pc.binary_join_element_wise(f"{domain}:", names.cast(pa.string()), "")
