@@ -17,14 +17,13 @@ from torch import nn
 
 from ..config import Config
 from ..data.batch import Batch
+from ..data.index import CATALOGUE
 from ..embeddings.tables import EmbeddingTables
 from ..errors import UserError
-from ..models.foundation import FoundationModel
 from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
-from .evaluators import TaskEvaluator
 from .paired import compare, pair
 from .prepare import prepare
 from .prepared import Prepared
@@ -45,7 +44,7 @@ class Trained:
     process: Process
     tables: EmbeddingTables
     sharded: nn.Module
-    model: FoundationModel
+    model: nn.Module
     step: int
     converted: list[str]
 
@@ -69,8 +68,9 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
     # Of the ranks that trained: these may be others.
     config = replace(config, tables=replace(config.tables, plan=None))
     prepared = prepare(config, run=run)
-    if split not in prepared.indexes:
-        raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
+    splits = [name for name in prepared.indexes if name != CATALOGUE]
+    if split not in splits:
+        raise UserError(f"the config names no data.{split}: it has {', '.join(splits)}.")
     device = choose_device(config)
     with process_group(config, device) as process:
         for name in prepared.indexes:
@@ -107,13 +107,13 @@ def evaluate_run(
     with trained(config, run, split) as loaded:
         prepared, process = loaded.prepared, loaded.process
         stream = build_stream(prepared, split, process.rank, process.world_size)
-        tasks = {task: spec.label for task, spec in loaded.model.tasks.items()}
+        tasks = prepared.kind.heads(prepared.schema, config)
         others = Baselines(prepared, tasks, split, process) if baselines else None
         predict = others.watch(loaded.predict) if others else loaded.predict
         entry: dict[str, Any] = {"split": split, "step": loaded.step}
         if loaded.converted:
             entry["converted"] = loaded.converted
-        evaluator = TaskEvaluator(prepared.schema, tasks, config.evaluate.ndcg_at)
+        evaluator = prepared.kind.evaluator(prepared.schema, config)
         if other and not evaluator.ranks_rows:
             raise UserError(
                 f"{run} cannot be compared row by row: its model says how probable labels are and ranks no catalogue. "

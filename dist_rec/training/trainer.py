@@ -17,7 +17,6 @@ from . import checkpoint
 from .agreement import Agreement
 from .checkpoint import Saved
 from .evaluation import evaluate, read_evaluation
-from .evaluators import TaskEvaluator
 from .hybrid import Hybrid, learning_rate_factor
 from .passes import Pass, Passes
 from .prepared import Prepared
@@ -64,7 +63,6 @@ class Trainer:
             checkpoint.load_dense_into_engine(earlier, self.engine)
         elif start:
             self.converted = checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
-        self.tasks = {task: spec.label for task, spec in self.engine.module.tasks.items()}
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}
         self.lost_block_rows = 0
@@ -222,7 +220,7 @@ class Trainer:
             keep: write every row's place into the run folder, where rows have places.
         """
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
-        evaluator = TaskEvaluator(self.prepared.schema, self.tasks, self.config.evaluate.ndcg_at)
+        evaluator = self.prepared.kind.evaluator(self.prepared.schema, self.config)
         found = evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
         if keep:
             keep_ranks(evaluator, self.prepared, split, self.step, self.config.run_folder)
