@@ -24,6 +24,10 @@ def embed(
     pooling: Annotated[str, typer.Option(help="How tokens become a text: auto, mean, cls or last.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Start the store anew.")] = False,
+    word_drop: Annotated[
+        float, typer.Option(help="Drop each word with this probability first, for text.dropped_store.")
+    ] = 0.0,
+    drop_seed: Annotated[int, typer.Option(help="Of what is dropped.")] = 0,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +48,8 @@ def embed(
         pooling=pooling,
         device=device,
         overwrite=overwrite,
+        word_drop=word_drop,
+        drop_seed=drop_seed,
     )
     if is_main():
         taken_over = f" ({result.taken_over:,} taken over)" if result.taken_over else ""

@@ -28,6 +28,10 @@ class Kind:
 
     reads_catalogue: ClassVar[bool] = False
 
+    def reads_dropped(self, config: Config) -> bool:
+        """Whether training reads `text.dropped_store`."""
+        return False
+
     def features(self, schema: Schema, config: Config) -> list[str]:
         """The features that this config's model reads of the data, in schema order."""
         raise NotImplementedError
@@ -144,6 +148,9 @@ class _UniSRec(Kind):
     """Reads sequences: the history's ids and texts, the item's id and text. The rest of the data is left alone."""
 
     reads_catalogue = True
+
+    def reads_dropped(self, config: Config) -> bool:
+        return config.text.dropped_store is not None and config.model.contrast.drops_words
 
     def features(self, schema: Schema, config: Config) -> list[str]:
         used, model = [], config.model

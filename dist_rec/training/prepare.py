@@ -59,6 +59,7 @@ def prepare(
     if kind.reads_catalogue and data.catalogue is not None:
         indexes[CATALOGUE] = attempt(read_index, data.catalogue, retry_of(data))
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
+    dropped = attempt(VectorStore.open, config.text.dropped_store) if kind.reads_dropped(config) else None
     if data.streams < ranks:
         faults.append(
             f"data.streams is {data.streams}, but there are {ranks} ranks: raise it, and data.batch_size to a "
@@ -85,8 +86,13 @@ def prepare(
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
             attempt(store.check_pooling, config.text.pooling)
+            attempt(store.check_words, False)
             if config.text.missing == "encode":
                 missing = attempt(_on_the_fly, config, store, train.tokenizer)
+        if dropped is not None:
+            attempt(dropped.check_words, True)
+        if store is not None and dropped is not None:
+            faults += _unlike(store, dropped)
         if config.text.trains:
             folder = attempt(resolve_model_folder, config.text.model)
             longest = attempt(_longest_text, config.text) if folder is not None else None
@@ -95,7 +101,9 @@ def prepare(
         dims = dict.fromkeys(schema.table_sizes(), TablesConfig().dim) | {s.name: s.dim for s in specs or []}
         width = store.width if store else USUAL_TEXT_WIDTH if config.text.mode != "none" else 0
         is_model = attempt(_try_model, schema, config, dims, width, features)
-        prepared = Prepared(config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing)
+        prepared = Prepared(
+            config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing, dropped=dropped
+        )
         has_texts = store is not None or config.text.mode != "frozen"
         if origin is not None and specs is not None and is_model and has_texts:
             faults += attempt(finetune_faults, prepared) or []
@@ -109,6 +117,22 @@ def _on_the_fly(config: Config, store: VectorStore, tokenizer: TokenizerInfo | N
     text = config.text
     model = text.model or store.info.model
     return OnTheFly(store.info.recipe, model, tokenizer, choose_device(config), text.batch_tokens, config.data.train)
+
+
+def _unlike(store: VectorStore, dropped: VectorStore) -> list[str]:
+    """How the vectors of texts with words dropped were made in another way than those of the texts."""
+    one, other = store.info.recipe, dropped.info.recipe
+    differ = [
+        f"{name} is {getattr(one, name)} there and {getattr(other, name)} here"
+        for name in ("model_fingerprint", "tokenizer_fingerprint", "max_tokens", "pooling", "width")
+        if getattr(one, name) != getattr(other, name)
+    ]
+    if not differ:
+        return []
+    return [
+        f"text.dropped_store {dropped.folder} is not of the same language model as text.store {store.folder}: "
+        f"{', '.join(differ)}. Embed the texts with --word-drop as those were"
+    ]
 
 
 def _whole(index: Index) -> Index:

@@ -13,7 +13,7 @@ from ..data.extend import as_extended
 from ..data.index import CATALOGUE, Index, read_index
 from ..embeddings.tables import TableSpec
 from ..schema import Schema
-from ..text.onthefly import FrozenVectors, OnTheFly
+from ..text.onthefly import FrozenVectors, OnTheFly, SideBySide
 from ..text.store import VectorStore
 from .kinds import Kind, kind_of
 from .reading import retry_of
@@ -58,13 +58,20 @@ class Prepared:
             return index
         return as_extended(index, self.schema) if split == OLD else self.view(index)
 
-    def vectors(self, split: str) -> FrozenVectors | None:
-        """Where the batches of a split get their texts' frozen vectors from."""
+    def vectors(self, split: str, training: bool = False) -> FrozenVectors | SideBySide | None:
+        """Where the batches of a split get their texts' frozen vectors from.
+
+        Args:
+            training: whether a model is trained on them, which may read texts with words dropped, too.
+        """
         store = self.old_store if split == OLD else self.store
         if store is None:
             return None
         missing = self.missing if store.info.recipe == self.store.info.recipe else None
-        return FrozenVectors(store, self.root(split), missing and missing.load())
+        whole = FrozenVectors(store, self.root(split), missing and missing.load())
+        if not training or self.dropped is None:
+            return whole
+        return SideBySide(whole, FrozenVectors(self.dropped, self.root(split)))
 
     @property
     def kind(self) -> Kind:
@@ -95,3 +102,5 @@ class Prepared:
         """See the text vectors that were added since."""
         if self.store is not None:
             self.store = VectorStore.open(self.config.text.store)
+        if self.dropped is not None:
+            self.dropped = VectorStore.open(self.config.text.dropped_store)

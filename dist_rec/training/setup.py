@@ -123,7 +123,7 @@ def _weights(data: DataConfig, index: Index, every_row: bool) -> list[float] | N
 def _stream(
     prepared: Prepared, split: str, order: Order, index: Index, rank: int, world: int, training: bool
 ) -> Stream:
-    config, kind, vectors = prepared.config, prepared.kind, prepared.vectors(split)
+    config, kind, vectors = prepared.config, prepared.kind, prepared.vectors(split, training)
     schema, features = prepared.given
     looked_up = kind.looked_up(schema, config, features)
     return Stream(
