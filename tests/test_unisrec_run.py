@@ -124,3 +124,22 @@ def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fau
         tree[section] |= {key: str(sequences / v) if "store" in key else v for key, v in keys.items()}
     with pytest.raises(UserError, match=fault):
         prepare(from_dict(Config, tree, "mine"))
+
+
+def test_a_pretrained_run_is_finetuned_with_ids(runs):
+    """Tables that a run of texts alone did not have begin anew; everything dense is taken over."""
+    pretrained = runs[0]
+    if not pretrained.name.startswith("in_batch"):
+        pytest.skip("pretraining is in_batch")
+    data = pretrained.parent.parent / "shards"
+    keys = {"--model.item": "text+id", "--model.loss": "full", "--model.contrast.weight": "0", "--train.steps": "2"}
+    given = [word for pair in keys.items() for word in pair]
+    said = dist_rec("finetune", pretrained, "--data", data, "--name", "finetuned", *given)
+    assert f"starting from {pretrained}" in said
+    run = pretrained.parent / "finetuned"
+    config = load_config(run / "config.yaml")
+    assert config.data.catalogue == str(data / "catalogue") and config.model.item == "text+id"
+    manifest = checkpoint.read_state(checkpoint.find(run)).manifest
+    assert set(manifest.tables) == {"item_id"}
+    assert manifest.dense.keys() == checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
+    assert evaluation(run)["overall"]["next"]["rows"] == NUM_USERS

@@ -124,8 +124,8 @@ def model_faults(
     found += [
         f"table {spec.name!r} is not in the foundation's checkpoint"
         for spec in specs
-        # Of a table that it has, the rows of new ids.
-        if spec.name not in tables and spec.name.partition("@")[0] not in tables
+        # Of a table that it has, the rows of new ids; without any, it knew items by their texts alone.
+        if tables and spec.name not in tables and spec.name.partition("@")[0] not in tables
     ]
     found += [
         f"table {name!r} is in the foundation's checkpoint, this config has no use for it"
