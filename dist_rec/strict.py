@@ -42,9 +42,23 @@ def strict(cls: type[T]) -> type[T]:
     return _pydantic_dataclass(cls, config=pydantic.ConfigDict(extra="forbid", allow_inf_nan=False), kw_only=True)
 
 
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """What a value may be: the members of a union, without what is only said of them."""
+    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
+    return tuple(typing.get_args(o)[0] if typing.get_origin(o) is typing.Annotated else o for o in options)
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _sections(annotation: Any) -> list[type]:
+    return [option for option in _options(annotation) if dataclasses.is_dataclass(option)]
+
+
 def _step_into(annotation: Any, key: Any) -> Any:
     """The annotation found below `annotation` at `key`, or None where nothing is known."""
-    for option in typing.get_args(annotation) if _is_union(annotation) else (annotation,):
+    for option in _options(annotation):
         if dataclasses.is_dataclass(option):
             hints = typing.get_type_hints(option)
             if key in hints:
@@ -56,33 +70,47 @@ def _step_into(annotation: Any, key: Any) -> Any:
     return None
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+def _walk(root: type, loc: tuple) -> tuple[tuple, Any]:
+    """The keys of pydantic's `loc`, and the annotation of what holds the last one.
 
-
-def _known_keys(root: type, place: tuple) -> list[str]:
-    """Field names of the dataclass that holds the last key of `place`."""
-    annotation: Any = root
-    for key in place[:-1]:
+    Where one of several sections is told by its `kind`, `loc` has that beside the keys.
+    """
+    place, annotation, holder, tagged = [], root, root, False
+    for key in loc:
+        sections = _sections(annotation)
+        if len(sections) > 1 and not tagged:
+            # The next entry is no key, but which of them it is.
+            annotation = next((s for s in sections if _kind_of(s) == key), annotation)
+            tagged = True
+            continue
+        tagged, holder = False, annotation
+        place.append(key)
         step = _step_into(annotation, key)
         annotation = step if step is not None else annotation
-    options = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return [f.name for o in options if dataclasses.is_dataclass(o) for f in dataclasses.fields(o)]
+    return tuple(place), holder
+
+
+def _kind_of(section: type) -> Any:
+    return next((f.default for f in dataclasses.fields(section) if f.name == "kind"), None)
 
 
 def faults_of(error: pydantic.ValidationError, root: type) -> list[str]:
     """One line a fault: `place: what is wrong, and the nearest known key`."""
     lines = []
     for fault in error.errors(include_url=False)[:MOST_FAULTS]:
-        place = tuple(fault["loc"])
+        place, holder = _walk(root, tuple(fault["loc"]))
         where = ".".join(_shown(p, str) for p in place) or root.__name__
         if fault["type"] in _UNKNOWN:
-            known = _known_keys(root, place)
+            known = [f.name for section in _sections(holder) for f in dataclasses.fields(section)]
             lines.append(f"{where}: unknown key.{nearest(str(place[-1]), known)}")
         elif fault["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
             lines.append(f"{where}: is required.")
         elif fault["type"] == "dataclass_type":
             lines.append(f"{where}: is a section: write its keys below it, or leave it out.")
+        elif fault["type"] == "union_tag_invalid":
+            known = fault["ctx"]["expected_tags"].replace("'", "").split(", ")
+            kind = fault["ctx"]["tag"]
+            lines.append(f"{where}.kind: {_shown(kind, repr)} is none of {', '.join(known)}.{nearest(kind, known)}")
         elif fault["type"] == "value_error":
             lines.append(f"{where}: {fault['msg'].removeprefix('Value error, ')}")
         else:
@@ -104,12 +132,12 @@ def _shown(value: Any, how: Callable[[Any], str]) -> str:
     return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
 
 
-def _without_unknown_keys(data: Any, error: pydantic.ValidationError) -> Any:
+def _without_unknown_keys(data: Any, error: pydantic.ValidationError, root: type) -> Any:
     """A copy of `data` that lacks the keys which `error` calls unknown."""
     kept = copy.deepcopy(data)
     for fault in error.errors(include_url=False):
         if fault["type"] in _UNKNOWN:
-            *sections, last = fault["loc"]
+            *sections, last = _walk(root, tuple(fault["loc"]))[0]
             place = kept
             for key in sections:
                 place = place[key]
@@ -142,7 +170,7 @@ def _validated(cls: type[T], data: Any, origin: str) -> T:
         lines = faults_of(error, cls)
         try:
             # An unknown key keeps the checks over several keys of its section from running.
-            adapter.validate_python(_without_unknown_keys(data, error))
+            adapter.validate_python(_without_unknown_keys(data, error, cls))
         except pydantic.ValidationError as again:
             lines += [line for line in faults_of(again, cls) if line not in lines]
         faults = "\n".join(f"  - {line}" for line in lines)

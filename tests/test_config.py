@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dist_rec.config import Config, apply_overrides, load_config, save_config
+from dist_rec.config import Config, DataConfig, ModelConfig, UniSRecConfig, apply_overrides, load_config, save_config
 from dist_rec.errors import UserError
 from dist_rec.strict import from_dict
 
@@ -131,16 +131,28 @@ def test_unreadable_configs_are_refused(tmp_path):
             load_config(path)
 
 
-def sections(cls: type) -> dict[str, type]:
-    """The fields of a section that are sections themselves."""
-    return {name: hint for name, hint in typing.get_type_hints(cls).items() if dataclasses.is_dataclass(hint)}
+KINDS = [kind.kind for kind in typing.get_args(typing.get_type_hints(Config)["model"])]
 
 
-def keys(cls: type) -> set[str]:
+def sections(cls: type, kind: str) -> dict[str, type]:
+    """The fields of a section that are sections themselves, `kind` being that of the model."""
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        several = [option for option in typing.get_args(hint) if getattr(option, "kind", None) == kind]
+        for section in filter(dataclasses.is_dataclass, (hint, *several)):
+            found[name] = section
+    return found
+
+
+def keys(kind: str, cls: type = Config) -> set[str]:
     """Every key of the tree, dotted; keys below user-given names are left out."""
-    inner = sections(cls)
+    inner = sections(cls, kind)
     own = {field.name for field in dataclasses.fields(cls)} - inner.keys()
-    return own | {f"{name}.{key}" for name, section in inner.items() for key in keys(section)}
+    return own | {f"{name}.{key}" for name, section in inner.items() for key in keys(kind, section)}
+
+
+def kind_in(path: Path) -> str:
+    return (yaml.safe_load(path.read_text()).get("model") or {}).get("kind", KINDS[0])
 
 
 def test_the_resolved_config_is_whole_and_loads_as_the_same(tmp_path):
@@ -157,7 +169,7 @@ def test_the_resolved_config_is_whole_and_loads_as_the_same(tmp_path):
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    for key in keys(Config):
+    for key in keys(KINDS[0]):
         place = saved
         for part in key.split("."):
             place = place[part]
@@ -191,26 +203,103 @@ def test_every_key_is_commented(path):
         first = [line for inner, line in at.items() if inner.startswith(f"{key}.")][:1]
         return any(" #" in lines[line] for line in (at[key], *first)) or lines[at[key] - 1].lstrip().startswith("#")
 
-    bare = [key for key in keys(Config) & at.keys() if not commented(key)]
+    bare = [key for key in keys(kind_in(path)) & at.keys() if not commented(key)]
     assert not bare, f"{path.name}: no comment at {', '.join(sorted(bare))}"
 
 
 def test_every_key_stands_in_a_leading_config():
-    leading = [p for p in CONFIGS if p.name in ("demo.yaml", "foundation.yaml")]
-    written = {key for path in leading for key in lines_with_keys(path)}
-    assert not sorted(keys(Config) - written)
+    for kind in KINDS:
+        leading = [p for p in CONFIGS if p.name in ("demo.yaml", f"{kind}.yaml") and kind_in(p) == kind]
+        written = {key for path in leading for key in lines_with_keys(path)}
+        assert not sorted(keys(kind) - written)
 
 
 def test_comments_tell_the_true_defaults():
-    defaults = from_dict(Config, {"data": {"train": "x"}}, "defaults")
     told = 0
     for path in CONFIGS:
-        lines = path.read_text().splitlines()
+        lines, kind = path.read_text().splitlines(), kind_in(path)
         for key, at in lines_with_keys(path).items():
             found = re.search(r"\(type: .*default: (.*)\)$", lines[at - 1])
-            if key in keys(Config) and found:
-                tree: dict = {"data": {"train": "x"}}
-                apply_overrides(tree, {key: found[1]})
-                assert from_dict(Config, tree, path.name) == defaults, f"{path.name}: the default of {key}"
+            if key in keys(kind) and found:
+                section, *inner, last = Config, *key.split(".")
+                for name in inner:
+                    section = sections(section, kind)[name]
+                needed = {"train": "x"} if section is DataConfig else {}
+                tree = dict(needed)
+                apply_overrides(tree, {last: found[1]})
+                assert from_dict(section, tree, path.name) == from_dict(section, needed, "defaults"), f"{path}: {key}"
                 told += 1
-    assert told > 40
+    assert told > 140
+
+
+LEAST = {"data": {"train": "x"}, "text": {"mode": "frozen", "store": "s"}, "model": {"kind": "unisrec"}}
+
+
+def unisrec(**changes) -> dict:
+    """LEAST without augmentation, and with `changes` of sections."""
+    tree = {name: section | changes.pop(name, {}) for name, section in LEAST.items()}
+    tree["model"] = {"contrast": {"weight": 0}} | tree["model"]
+    return tree | changes
+
+
+def test_the_kind_decides_which_keys_a_model_has():
+    found = faults(unisrec(model={"widht": 3, "encoder": {"hedas": 2}, "body": {}, "samples": -1}))
+    for start in (
+        "model.widht: unknown key. Did you mean 'width'?",
+        "model.encoder.hedas: unknown key. Did you mean 'heads'?",
+        "model.body: unknown key.",
+        "model.samples: Input should be greater than or equal to 0 (got -1)",
+    ):
+        assert len([line for line in found if line.startswith(start)]) == 1, (start, found)
+    assert len(found) == 4, found
+    # The nearest key is of this kind, not of the other.
+    assert faults(unisrec(model={"adaptation": {}})) == ["model.adaptation: unknown key. Did you mean 'adaptor'?"]
+    foundation = {"data": {"train": "x"}, "model": {"adaptor": {}}}
+    assert faults(foundation) == ["model.adaptor: unknown key. Did you mean 'adaptation'?"]
+    for kind in ("unisrek", 7, [1], None):
+        (line,) = faults({"data": {"train": "x"}, "model": {"kind": kind}})
+        assert line.startswith(f"model.kind: {str(kind)!r} is none of foundation, unisrec."), line
+    assert line.endswith("unisrec.") and "Did you mean 'unisrec'?" in faults(unisrec(model={"kind": "unisrek"}))[0]
+    (line,) = faults({"data": {"train": "x"}, "model": 5})
+    assert line == "model: is a section: write its keys below it, or leave it out."
+
+
+def test_overrides_reach_the_kind(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(unisrec()))
+    config = load_config(path, {"model.width": "64", "model.encoder.heads": "4", "evaluate.at": "[3]"})
+    assert (config.model.width, config.model.encoder.heads, config.evaluate.at) == (64, 4, [3])
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config and isinstance(config.model, UniSRecConfig)
+    # Another kind has other keys.
+    with pytest.raises(UserError, match=r"model\.contrast: unknown key"):
+        load_config(path, {"model.kind": "foundation"})
+    path.write_text("data: {train: x}")
+    assert load_config(path).model == load_config(path, {"model.kind": "foundation"}).model == ModelConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model": {"loss": "full"}}, "loss: full needs data.catalogue"),
+        ({"model": {"loss": "sampled"}}, "loss: sampled needs samples"),
+        ({"model": {"loss": "sampled", "samples": 9}}, "loss: sampled needs data.catalogue"),
+        ({"model": {"samples": 9}}, "samples 9 is of loss: sampled, and loss is in_batch"),
+        ({"model": {"item": "text+id"}}, "item: text+id needs loss full or sampled"),
+        ({"model": {"width": 30, "encoder": {"heads": 4}}}, "width 30 is not a multiple of encoder.heads 4"),
+        ({"model": {"contrast": {}}}, "contrast: item_drop_share 0.9 drops words in the other sequences"),
+        (
+            {"model": {"contrast": {}, "item": "id", "loss": "full"}, "data": {"catalogue": "y"}},
+            "contrast: an item that is its id has no words to drop",
+        ),
+        ({"text": {"mode": "none", "store": None}}, "item: text needs texts: set text.mode"),
+    ],
+)
+def test_what_no_sequence_model_could_do_is_refused(changes, fault):
+    (line,) = faults(unisrec(**changes))
+    assert line.startswith(f"model: {fault}"), line
+
+
+def test_dropped_texts_are_of_frozen_vectors():
+    (line,) = faults({"data": {"train": "x"}, "text": {"dropped_store": "y"}})
+    assert line == "text: dropped_store is of mode: frozen, and mode is none: leave it out"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import copy
 import itertools
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import gradients, run_ranks
 from torch import Tensor, nn
 
 import dist_rec.layers
@@ -161,78 +160,9 @@ def config(**changes) -> dict:
     return base
 
 
-def gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in module.named_parameters()}
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-class Wire:
-    """All-reduce and all-gather between threads that stand for ranks."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self.barrier = threading.Barrier(world_size, timeout=30)
-        self.slots: list[Tensor | None] = [None] * world_size
-
-    def exchange(self, rank: int, x: Tensor) -> Tensor:
-        self.slots[rank] = x.detach().clone()
-        self.barrier.wait()
-        everyone = torch.stack(self.slots)
-        self.barrier.wait()
-        return everyone
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, wire, rank):
-        ctx.wire, ctx.rank = wire, rank
-        return wire.exchange(rank, x).sum(0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.wire.exchange(ctx.rank, grad).sum(0), None, None
-
-
-class ThreadReduction(Reduction):
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire, self.rank, self.world_size = wire, rank, wire.world_size
-
-    def sum(self, x: Tensor) -> Tensor:
-        return _Sum.apply(x, self.wire, self.rank)
-
-    def gather(self, x: Tensor) -> Tensor:
-        return self.wire.exchange(self.rank, x)
-
-
-def run_ranks(module: nn.Module, batches: list[Batch]) -> tuple[dict[str, Tensor], list[dict]]:
-    """Gradients averaged over ranks, and what each rank returned."""
-    wire = Wire(len(batches))
-    ranks = [copy.deepcopy(module) for _ in batches]
-    outputs: list[dict | None] = [None] * len(batches)
-    errors: list[BaseException] = []
-
-    def work(rank: int) -> None:
-        try:
-            ranks[rank].model.reduction = ThreadReduction(wire, rank)
-            outputs[rank] = ranks[rank](batches[rank])
-            outputs[rank]["loss"].backward()
-        except BaseException as error:
-            errors.append(error)
-            wire.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(r,)) for r in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    every = [gradients(rank) for rank in ranks]
-    return {n: torch.stack([g[n] for g in every]).mean(0) for n in every[0]}, outputs
 
 
 BODIES = {

@@ -19,7 +19,7 @@ import torch
 
 from dist_rec.errors import UserError
 from dist_rec.training.exchange import Exchange
-from dist_rec.training.metrics import Evaluation, _fixed, _mean
+from dist_rec.training.metrics import Evaluation, fixed, mean
 
 DOMAINS = ["web", "shop", "silent", "void"]
 TASKS = ["ctr", "relevance"]
@@ -199,10 +199,10 @@ def test_ndcg_of_a_tie_has_no_rounding_by_row_order():
 
 def test_sums_are_good_to_the_last_bit_and_cannot_overflow():
     values = np.random.default_rng(0).exponential(5, 10_000)
-    fixed = _fixed(values)
-    assert int(abs(fixed[:, 1]).max()) * 2**31 < 2**63  # two billion rows
+    sums = fixed(values)
+    assert int(abs(sums[:, 1]).max()) * 2**31 < 2**63  # two billion rows
     exact = math.fsum(values) / len(values)
-    assert _mean(fixed.sum(axis=0), len(values)) == pytest.approx(exact, rel=1e-15)
+    assert mean(sums.sum(axis=0), len(values)) == pytest.approx(exact, rel=1e-15)
 
 
 def test_bfloat16_scores_are_read():

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..report.table import shown_p, signed
 from .experiment import Experiment
 
 # Figures are kept to five digits, so smaller differences are none.
@@ -210,13 +211,13 @@ def _tests_table(entry: dict[str, Any]) -> Table | None:
         table.add_row(
             name,
             str(test["seeds"]),
-            _signed(test["seeds_mean"]),
-            _p(test["seeds_t"]),
+            signed(test["seeds_mean"]),
+            shown_p(test["seeds_t"]),
             str(test["pairs"]),
-            _signed(test["mean"]),
+            signed(test["mean"]),
             str(test["better"]),
-            _p(test["t"]),
-            _p(test["wilcoxon"]),
+            shown_p(test["t"]),
+            shown_p(test["wilcoxon"]),
         )
     return table
 
@@ -229,11 +230,3 @@ def caution(seeds: int) -> str:
         "and domain are not independent (a seed's domains share one model): their p is too small, and says how "
         "uniform the sign is, no more. Nothing is corrected for the number of variants."
     )
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.4f}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

@@ -24,6 +24,10 @@ def embed(
     pooling: Annotated[str, typer.Option(help="How tokens become a text: auto, mean, cls or last.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Start the store anew.")] = False,
+    word_drop: Annotated[
+        float, typer.Option(help="Drop each word with this probability first, for text.dropped_store.")
+    ] = 0.0,
+    drop_seed: Annotated[int, typer.Option(help="Of what is dropped.")] = 0,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +48,8 @@ def embed(
         pooling=pooling,
         device=device,
         overwrite=overwrite,
+        word_drop=word_drop,
+        drop_seed=drop_seed,
     )
     if is_main():
         taken_over = f" ({result.taken_over:,} taken over)" if result.taken_over else ""
@@ -88,6 +94,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is evaluated.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     baselines: Annotated[bool, typer.Option("--baselines", help="BM25 and the cosine of frozen vectors too.")] = False,
+    against: Annotated[
+        Path | None, typer.Option(help="Another run of ranked items, evaluated on the same rows: paired bootstrap.")
+    ] = None,
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
@@ -96,12 +105,14 @@ def evaluate(
 
     loaded = load_config(run / "config.yaml", overrides(context.args))
     launch_if_asked(nproc_per_node)
-    from ..report.table import print_evaluation
+    from ..report.table import print_against, print_evaluation
     from ..training.evaluate import evaluate_run
 
-    evaluation = evaluate_run(loaded, run, split, baselines)
+    evaluation = evaluate_run(loaded, run, split, baselines, against)
     if is_main():
         print_evaluation(evaluation, run)
+        if against is not None:
+            print_against(evaluation["against"], evaluation["step"], run)
         print_json(as_json, {"run": str(run), **evaluation})
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationInfo, field_validator
+from pydantic import Discriminator, Tag, ValidationInfo, field_validator
 
 from ..errors import UserError, nearest
 from ..files import write_text
@@ -31,12 +31,15 @@ from .model import (
     TextConfig,
 )
 from .training import CheckpointConfig, DenseConfig, EvaluateConfig, RunConfig, TrainConfig
+from .unisrec import AdaptorConfig, ContrastConfig, SequenceEncoderConfig, UniSRecConfig, unisrec_faults
 
 __all__ = [
     "Config",
     "AdaptationConfig",
+    "AdaptorConfig",
     "BodyConfig",
     "CheckpointConfig",
+    "ContrastConfig",
     "DataConfig",
     "DenseConfig",
     "EvaluateConfig",
@@ -46,16 +49,32 @@ __all__ = [
     "ModelConfig",
     "RegulariserConfig",
     "RunConfig",
+    "SequenceEncoderConfig",
     "TableConfig",
     "TablesConfig",
     "TaskConfig",
     "TextConfig",
     "TrainConfig",
+    "UniSRecConfig",
     "apply_overrides",
     "check_multiple",
     "check_names",
     "load_config",
     "save_config",
+]
+
+FOUNDATION = "foundation"
+
+
+def _kind_of_model(model: Any) -> str:
+    """`kind` of `model`, whether it is what YAML gave or made already; one that is no section counts as the default."""
+    if isinstance(model, dict):
+        return str(model.get("kind", FOUNDATION))
+    return getattr(model, "kind", FOUNDATION)
+
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag(FOUNDATION)] | Annotated[UniSRecConfig, Tag("unisrec")], Discriminator(_kind_of_model)
 ]
 
 
@@ -67,7 +86,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     tables: TablesConfig = field(default_factory=TablesConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: AnyModel = field(default_factory=ModelConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -80,6 +99,16 @@ class Config:
         if "data" in before.data:
             check_multiple(evaluate.batch_size, before.data["data"].streams)
         return evaluate
+
+    @field_validator("model")
+    @classmethod
+    def _goes_with_the_data(cls, model: AnyModel, before: ValidationInfo) -> AnyModel:
+        is_sound = {"data", "text"} <= before.data.keys()
+        if is_sound and isinstance(model, UniSRecConfig):
+            faults = unisrec_faults(model, before.data["data"], before.data["text"])
+            if faults:
+                raise ValueError("; ".join(faults))
+        return model
 
     @property
     def run_folder(self) -> Path:

@@ -25,6 +25,7 @@ class DataConfig:
 
     * `train`, `valid`, `test`: data sets (folder or URL); `valid` is evaluated while training,
       `test` once at the end.
+    * `catalogue`: of sequence models: a data set of the same schema and vocabularies, with one row an item.
     * `batch_size`: rows of a *global* batch, over all ranks; a multiple of `streams`.
     * `streams`: logical streams S; at least the largest world size this run will ever have.
     * `order`: `shuffled`, or `time`: the earliest rows of all domains first.
@@ -44,6 +45,7 @@ class DataConfig:
     train: str
     valid: str | None = None
     test: str | None = None
+    catalogue: str | None = None
     batch_size: int = Field(default=4096, ge=1)
     streams: int = Field(default=8, ge=1)
     order: Literal["shuffled", "time"] = "shuffled"

@@ -131,6 +131,8 @@ class TextConfig:
       `store`; `full` co-trains the language model inside the DeepSpeed engine, `lora` only adapters of it.
     * `model`: folder of a Hugging Face model, `package:<python package>/<folder>`, or `hub:<name>`.
     * `store`: folder of the vector store (frozen).
+    * `dropped_store`: folder of a second one, of the same texts with words dropped (`dist-rec embed --word-drop`), for
+      models that augment sequences with them (frozen).
     * `pooling`: how a text's token vectors become one; `auto` is what the model was made with, or, where it does not
       say, the last token of a decoder and the mean of an encoder.
     * `missing`: what becomes of a text that the store lacks (frozen): `refuse` ends the run, `encode` runs the model.
@@ -143,6 +145,7 @@ class TextConfig:
     mode: Literal["none", "frozen", "lora", "full"] = "none"
     model: str | None = None
     store: str | None = None
+    dropped_store: str | None = None
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     missing: Literal["refuse", "encode"] = "refuse"
     learning_rate: float = Field(default=2e-5, ge=0)
@@ -155,6 +158,8 @@ class TextConfig:
     def _complete(self):
         if self.mode == "frozen" and not self.store:
             raise ValueError("mode: frozen needs store: the folder that `dist-rec embed` wrote")
+        if self.dropped_store and self.mode != "frozen":
+            raise ValueError(f"dropped_store is of mode: frozen, and mode is {self.mode}: leave it out")
         if self.trains and not self.model:
             raise ValueError(f"mode: {self.mode} needs model: a Hugging Face folder or package:<package>/<folder>")
         return self

@@ -111,7 +111,15 @@ class CheckpointConfig:
 
 @strict
 class EvaluateConfig:
-    """`batch_size` 0 takes data.batch_size. `ndcg_at`: cut of NDCG by query."""
+    """How splits are evaluated.
+
+    * `batch_size`: rows of a global batch; 0 takes data.batch_size.
+    * `ndcg_at`: cut of NDCG by query.
+    * `mask_history`: of sequence models: leave the items of a row's own history out of its ranking.
+    * `at`: of sequence models: cuts of recall and NDCG.
+    """
 
     batch_size: int = Field(default=0, ge=0)
     ndcg_at: int = Field(default=10, ge=1)
+    mask_history: bool = False
+    at: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 5, 10, 50], min_length=1)

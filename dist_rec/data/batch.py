@@ -2,13 +2,14 @@
 
 IDs are one `KeyedJaggedTensor`, lists stay jagged, and every distinct text appears once with an
 index for each use, because the language model is the dearest part. Rows that only pad the
-batch, and void ones (`Rows.void`), are *masked*: no ids, no texts, no labels, `valid` False.
+batch, and void ones (`Rows.void`), are *masked*: no ids, no texts, no labels, `valid` False. Only the candidates of a
+sequence model are listed on the first row whatever it is, for they are the batch's and no row's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from ..schema import Schema
+from .candidates import CANDIDATES, CANDIDATES_TEXT, Share
 from .rows import Ragged, Rows
 from .vocabulary import IdMap, IdParts, part_name, undivided
 
@@ -35,7 +37,7 @@ class Batch(Pipelineable):
             its keys stand one after the other.
         dense: per `dense` feature, float32 `[B, width]`, NaN where null.
         text_index: per text feature, int64 `[n]`, positions among the T texts, rows
-            concatenated.
+            concatenated; T is a candidate without a text.
         text_lengths: per text feature, int64 `[B]`, how many of those each row has.
         text_tokens: int64 `[T, L]` token ids, padded with 0; `[T, 0]` where not asked for.
         text_mask: bool `[T, L]`, True on real tokens.
@@ -47,6 +49,10 @@ class Batch(Pipelineable):
         row: int64 `[B]`, number of the row in the data set, -1 on masked rows.
         user: int64 `[B]`, key of grouped metrics, -1 where unknown.
         query: int64 `[B]`, likewise for NDCG.
+        identity: per feature that was asked for, and the candidates, int64 `[n]`, ids as they are in the data, rows
+            concatenated: what tells items apart, whether their ids are looked up or not.
+        identity_lengths: per such feature, int64 `[B]`, how many of those each row has.
+        candidate_weight: float32 `[M]`, what each candidate counts (`candidates.Share`).
     """
 
     ids: KeyedJaggedTensor
@@ -64,6 +70,9 @@ class Batch(Pipelineable):
     row: Tensor
     user: Tensor
     query: Tensor
+    identity: dict[str, Tensor] = field(default_factory=dict)
+    identity_lengths: dict[str, Tensor] = field(default_factory=dict)
+    candidate_weight: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def __len__(self) -> int:
         return self.domain.shape[0]
@@ -78,9 +87,9 @@ class Batch(Pipelineable):
 
     def _map(self, move: Callable[[Any], Any]) -> Batch:
         moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = {k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value)
+        for one in fields(self):
+            value = getattr(self, one.name)
+            moved[one.name] = {k: move(v) for k, v in value.items()} if isinstance(value, dict) else move(value)
         return Batch(**moved)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
@@ -99,6 +108,9 @@ def make_batch(
     size: int,
     vectors: Callable[[np.ndarray, Ragged | None], np.ndarray] | None = None,
     id_maps: Mapping[str, IdMap | IdParts] | None = None,
+    identify: Collection[str] = (),
+    look_up: bool = True,
+    candidates: Share | None = None,
 ) -> Batch:
     """Turn rows into a batch of exactly `size` rows, masking what is missing.
 
@@ -109,6 +121,9 @@ def make_batch(
         vectors: makes of text keys, int64 `[T]`, and their tokens the frozen vectors, float32 `[T, D]`. None
             where the model needs none.
         id_maps: per feature what becomes of its ids; a feature without one keeps them.
+        identify: features whose ids the batch has as they are in the data, too.
+        look_up: whether any ids are looked up: `ids` has none otherwise.
+        candidates: of this batch.
 
     Raises:
         UserError: an id has no place in its table.
@@ -116,10 +131,15 @@ def make_batch(
     n, present = len(rows), rows.row >= 0
     if n > size:
         raise ValueError(f"{n} rows do not fit a batch of {size}")
-    lists, places = _mapped(rows, schema, id_maps or {})
+    lists, places = _mapped(rows.ids, rows.row, schema, id_maps or {}) if look_up else ({}, {})
+    if candidates is not None and look_up:
+        # Mapped as items of the catalogue, then listed on one row.
+        own, place = _mapped({CANDIDATES: _one_each(candidates.ids)}, candidates.row, schema, id_maps or {})
+        lists |= {key: _on_first_row(ids.values) for key, ids in own.items()}
+        places |= place
     lengths = np.zeros((len(lists), size), np.int64)
     for i, ids in enumerate(lists.values()):
-        lengths[i, :n] = ids.lengths
+        lengths[i, : len(ids)] = ids.lengths
     values = [ids.values for ids in lists.values()]
     ids = KeyedJaggedTensor(
         keys=list(lists),
@@ -127,8 +147,13 @@ def make_batch(
         lengths=torch.from_numpy(lengths.reshape(-1)),
         stride=size,
     )
-    keys, unknown = rows.text_keys, np.full(n, -1, np.int64)
-    tokens, mask = _padded_tokens(rows.tokens, len(keys))
+    identified = {name: rows.ids[name] for name in identify}
+    texts, keys, text_tokens, unknown = rows.texts, rows.text_keys, rows.tokens, np.full(n, -1, np.int64)
+    if candidates is not None:
+        identified[CANDIDATES] = _on_first_row(candidates.ids)
+        if candidates.text_keys is not None:
+            texts, keys, text_tokens = _with_texts(rows, candidates)
+    tokens, mask = _padded_tokens(text_tokens, len(keys))
     labels, valid = {}, {}
     for name in schema.labels:
         known = ~np.isnan(rows.labels[name])
@@ -138,11 +163,11 @@ def make_batch(
         ids=ids,
         event_places={n_: torch.from_numpy(place) for n_, place in places.items()},
         dense={n_: _padded(v, size, np.nan) for n_, v in rows.dense.items()},
-        text_index={n_: torch.from_numpy(t.values) for n_, t in rows.texts.items()},
-        text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in rows.texts.items()},
+        text_index={n_: torch.from_numpy(t.values) for n_, t in texts.items()},
+        text_lengths={n_: _padded(t.lengths, size, 0) for n_, t in texts.items()},
         text_tokens=tokens,
         text_mask=mask,
-        text_vectors=torch.from_numpy(vectors(keys, rows.tokens)) if vectors else torch.zeros(len(keys), 0),
+        text_vectors=torch.from_numpy(vectors(keys, text_tokens)) if vectors else torch.zeros(len(keys), 0),
         labels=labels,
         label_valid=valid,
         domain=_padded(np.where(present, rows.domain, 0), size, 0),
@@ -150,22 +175,53 @@ def make_batch(
         row=_padded(rows.row, size, -1),
         user=_padded(rows.keys.get("user", unknown), size, -1),
         query=_padded(rows.keys.get("query", unknown), size, -1),
+        identity={name: torch.from_numpy(ids.values.astype(np.int64)) for name, ids in identified.items()},
+        identity_lengths={name: _padded(ids.lengths, size, 0) for name, ids in identified.items()},
+        candidate_weight=torch.zeros(0) if candidates is None else torch.from_numpy(candidates.weight.copy()),
     )
 
 
+def _one_each(values: np.ndarray) -> Ragged:
+    return Ragged(values, np.arange(len(values) + 1))
+
+
+def _on_first_row(values: np.ndarray) -> Ragged:
+    return Ragged(values, np.array([0, len(values)]))
+
+
+def _with_texts(rows: Rows, candidates: Share) -> tuple[dict[str, Ragged], np.ndarray, Ragged | None]:
+    """The batch's texts with those of the candidates: uses by feature, sorted distinct keys, and their tokens."""
+    there = np.flatnonzero(candidates.has_text)
+    both = np.concatenate([rows.text_keys, candidates.text_keys[there]])
+    keys, first, number = np.unique(both, return_index=True, return_inverse=True)
+    texts = {name: Ragged(number[used.values], used.offsets) for name, used in rows.texts.items()}
+    tokens = None
+    if rows.tokens is not None:
+        tokens = Ragged.concat([rows.tokens, candidates.tokens.take(there)]).take(first)
+    # Without any text at all, `_padded_tokens` makes one up.
+    uses = np.full(len(candidates), max(len(keys), 1) if tokens is not None else len(keys), np.int64)
+    uses[there] = number[len(rows.text_keys) :]
+    return {**texts, CANDIDATES_TEXT: _on_first_row(uses)}, keys, tokens
+
+
 def _mapped(
-    rows: Rows, schema: Schema, maps: Mapping[str, IdMap | IdParts]
+    lists_of: Mapping[str, Ragged], row: np.ndarray, schema: Schema, maps: Mapping[str, IdMap | IdParts]
 ) -> tuple[dict[str, Ragged], dict[str, np.ndarray]]:
-    """By key the rows' lists of what tables are asked for, and by history `Batch.event_places`."""
+    """By key the rows' lists of what tables are asked for, and by history `Batch.event_places`.
+
+    Args:
+        lists_of: by feature, the ids of n rows.
+        row: int64 `[n]`, numbers of the rows in the data set.
+    """
     lists, places = {}, {}
-    for name, ids in rows.ids.items():
+    for name, ids in lists_of.items():
         if isinstance(mapped := maps.get(name), IdParts):
             parts, place = mapped(ids)
             lists |= {part_name(name, number): part for number, part in enumerate(parts)}
             if schema.features[name].role == "history":
                 places[name] = place
         else:
-            lists[name] = Ragged(mapped(name, ids, rows.row), ids.offsets) if mapped is not None else ids
+            lists[name] = Ragged(mapped(name, ids, row), ids.offsets) if mapped is not None else ids
     return lists, places
 
 

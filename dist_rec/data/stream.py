@@ -10,12 +10,14 @@ from __future__ import annotations
 import queue
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 
 from ..errors import UserError
+from ..schema import Schema
 from .batch import Batch, make_batch
+from .candidates import Candidates
 from .order import Order, Piece
 from .reader import ShardReader
 from .rows import Ragged, Rows
@@ -123,6 +125,9 @@ class Stream:
         rank, world_size: which streams this rank serves.
         vectors: gives frozen text vectors (see `make_batch`).
         id_maps: what becomes of features' ids (see `make_batch`).
+        identify, look_up: see `make_batch`.
+        candidates: of this rank's batches.
+        schema: of its batches, which is the data set's with the candidates' features; None is the data set's.
         read_ahead: batches kept ready.
     """
 
@@ -135,6 +140,10 @@ class Stream:
         world_size: int = 1,
         vectors: Callable[[np.ndarray, Ragged | None], np.ndarray] | None = None,
         id_maps: Mapping[str, IdMap | IdParts] | None = None,
+        identify: Collection[str] = (),
+        look_up: bool = True,
+        candidates: Candidates | None = None,
+        schema: Schema | None = None,
         read_ahead: int = 4,
     ) -> None:
         if world_size > order.streams:
@@ -143,7 +152,8 @@ class Stream:
                 "(and data.batch_size to a multiple of it)."
             )
         self.reader, self.order, self.vectors, self.read_ahead = reader, order, vectors, read_ahead
-        self.id_maps = id_maps
+        self.id_maps, self.identify, self.look_up = id_maps, identify, look_up
+        self.candidates, self.schema = candidates, schema or reader.index.schema
         mine = range(rank, order.streams, world_size)
         blocks = _Blocks(reader)
         # Two segments a stream: its window's, and one for the end of the window before.
@@ -173,7 +183,16 @@ class Stream:
             some = self.reader.rows(0).slice(0, 0)
             held = self.streams[0].held or Window([some], no_rows, schema, self.pool, 0)
             slices = [(held, 0, 0)]
-        return make_batch(cut(slices, self.pool), schema, self.batch_rows, self.vectors, self.id_maps)
+        return make_batch(
+            cut(slices, self.pool),
+            self.schema,
+            self.batch_rows,
+            self.vectors,
+            self.id_maps,
+            self.identify,
+            self.look_up,
+            self.candidates(epoch, step) if self.candidates else None,
+        )
 
     def batches(self, epoch: int, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step .. stop_step (default: to the epoch's end), prepared in the background.

@@ -79,7 +79,7 @@ class TableSpec:
 def table_specs(
     schema: Schema, config: TablesConfig, features: list[str], frozen: Collection[str] = ()
 ) -> list[TableSpec]:
-    """The tables that the used `features` need.
+    """The tables that the used `features` need; there may be none.
 
     Args:
         frozen: names of those that stay as they are.
@@ -114,8 +114,6 @@ def table_specs(
             )
         )
     faults += check_names([spec.name for spec in specs], sorted(frozen), "frozen tables")
-    if not specs and not faults:
-        faults.append("no id or ids feature is left, and a run without any table is not offered: keep one")
     faults += [f"{spec.name}: {fault}" for spec in specs for fault in _faults_of(spec)]
     if faults:
         raise UserError("tables:\n" + "\n".join(f"  - {fault}" for fault in faults))

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..config import Config, apply_overrides
 from ..data.extend import extension_faults
-from ..data.index import INDEX_NAME, SPLITS, Index, join, read_index
+from ..data.index import CATALOGUE, INDEX_NAME, SPLITS, Index, join, read_index
 from ..data.remote import Files, Unreadable
 from ..errors import UserError
 from ..schema import Schema
@@ -84,7 +84,7 @@ def find_splits(data: str, config: Config) -> Splits:
 
     Args:
         data: the folder (or URL) above `train`, `valid` and `test`, or a training set itself, whose neighbours of
-            these names are then the others.
+            these names, and its neighbour `catalogue`, are then the others.
 
     Raises:
         UserError: there is no training set.
@@ -92,10 +92,10 @@ def find_splits(data: str, config: Config) -> Splits:
     data = data.rstrip("/")
     if _is_data_set(data, config):
         above, _, name = data.rpartition("/")
-        roots = {split: join(above or ".", split) for split in SPLITS[1:]} if name == SPLITS[0] else {}
+        roots = {split: join(above or ".", split) for split in (*SPLITS[1:], CATALOGUE)} if name == SPLITS[0] else {}
         roots = {SPLITS[0]: data} | {s: root for s, root in roots.items() if _is_data_set(root, config)}
     else:
-        roots = {split: root for split in SPLITS if _is_data_set(root := join(data, split), config)}
+        roots = {split: root for split in (*SPLITS, CATALOGUE) if _is_data_set(root := join(data, split), config)}
     if SPLITS[0] not in roots:
         raise UserError(
             f"--data {data}: no {INDEX_NAME} there, nor in {join(data, SPLITS[0])}: name the folder above the splits, "
@@ -165,13 +165,14 @@ def derived_tree(foundation: Foundation, splits: Splits, rows: int, ranks: int) 
     tree = to_dict(foundation.config)
     pace = Pace.of(rows, foundation.config, ranks)
     tree["run"]["root"] = str(foundation.run.resolve().parent)
-    tree["data"] |= {split: splits.roots.get(split) for split in SPLITS}
+    tree["data"] |= {split: splits.roots.get(split) for split in (*SPLITS, CATALOGUE)}
     tree["data"] |= {"domains": splits.domains, "weights": {}, "temperature": 1.0, "from_watermark": False}
     tree["data"] |= {"batch_size": pace.batch_size, "streams": pace.streams, "drop_last": False}
     left_out = foundation.left_out(splits.train.schema, foundation.config)
     tree["data"]["exclude_features"] = [*tree["data"]["exclude_features"], *left_out]
     tree["tables"]["plan"] = None
-    tree["model"]["tasks"] = to_dict(foundation.config.model.tasks) or _tasks_of(foundation.schema)
+    if foundation.tasks():
+        tree["model"]["tasks"] = to_dict(foundation.config.model.tasks) or _tasks_of(foundation.schema)
     # It would shrink what the domains without rows have of their own.
     tree["dense"] |= {"weight_decay": 0.0, "warmup_steps": pace.warmup_steps}
     tree["train"] |= {"epochs": pace.epochs, "steps": 0, "evaluate_every": 0}

@@ -30,6 +30,8 @@ class Reduction:
     """
 
     world_size: int = 1
+    # Where this rank's part of `gather` lies.
+    rank: int = 0
 
     def sum(self, x: Tensor) -> Tensor:
         """Differentiable sum over ranks, same shape and dtype as `x`; its backward sums too."""

@@ -74,7 +74,7 @@ class FoundationModel(nn.Module):
         self.config = config
         self.reduction = reduction
         self.num_domains = num_domains = len(schema.domains.names)
-        self.tasks = _tasks(schema, config)
+        self.tasks = tasks_of(schema, config)
         self.maxima = {task: schema.labels[spec.label].maximum for task, spec in self.tasks.items()}
         used = {name: schema.features[name] for name in schema.features if name in set(features)}
         dims = {n: table_dims[schema.table_of(n)] for n, f in used.items() if f.kind in ("id", "ids")}
@@ -283,7 +283,12 @@ class FoundationModel(nn.Module):
         return loss, {**losses, TOTAL: total}
 
 
-def _tasks(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
+def tasks_of(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
+    """The heads of a config, by name; without any, one for each label.
+
+    Raises:
+        UserError: a task names no label, or is called like an entry of the returned losses.
+    """
     tasks = config.tasks or {label: TaskConfig(label=label) for label in schema.labels}
     faults = []
     for name, spec in tasks.items():

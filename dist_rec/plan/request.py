@@ -15,7 +15,8 @@ from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..schema import Schema, load_schema
 from ..training.finetuning import specs_of, where_it_starts
-from ..training.reading import retry_of, used_features
+from ..training.kinds import kind_of
+from ..training.reading import retry_of
 from ..training.workload import USUAL_TEXT_WIDTH, Workload, mean_lengths, mean_tokens, stored_width, text_shares
 
 LARGEST_TABLE = 2**62
@@ -150,7 +151,8 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
         raise UserError("\n".join(faults))
     if schema_file is not None:
         _give_sizes(schema, config, settings.rows)
-    features, origin = used_features(schema, config), None
+    kind, origin = kind_of(config), None
+    features = kind.features(schema, config)
     if config.finetune.run is not None and schema_file is None:
         origin, _ = where_it_starts(config, schema, config.run_folder)
         features = [name for name in features if name not in origin.left_out]
@@ -163,6 +165,7 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
     if unused:
         raise UserError(f"--set tables.{min(unused)}.rows: this config's model does not read that table.")
     _check_sizes(specs, config, schema, settings.lengths)
+    schema, features = kind.given(schema, config, features)
     lengths = mean_lengths(schema, features, statistics) | settings.lengths
     texts = text_shares(schema, features, statistics)
     return Request(

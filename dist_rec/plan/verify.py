@@ -23,6 +23,7 @@ from ..embeddings.description import describe_plan
 from ..embeddings.planner import DoesNotFit
 from ..embeddings.tables import SEQUENCE_SHARDING_TYPES, table_specs
 from ..errors import UserError
+from ..training.kinds import kind_of
 from ..training.planning import plan_tables
 from ..training.prepare import prepare
 from ..training.workload import mean_lengths
@@ -86,8 +87,9 @@ def _is_what_if(answer: Answer) -> bool:
     """Whether the request differs from what training would build."""
     request = answer.request
     frozen = {spec.name for spec in request.specs if spec.frozen}
+    looked_up = kind_of(request.config).looked_up(request.schema, request.config, request.features)
     return request.specs != table_specs(
-        request.schema, request.config.tables, request.features, frozen
+        request.schema, request.config.tables, looked_up, frozen
     ) or request.lengths != mean_lengths(request.schema, request.features, request.statistics)
 
 

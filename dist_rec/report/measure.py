@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Batch
+from ..errors import UserError
 from ..layers.divergence import js_divergence
 from ..layers.experts import ExpertLevel
 from ..layers.per_domain import sort_by_domain
@@ -114,7 +115,12 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
         it is not there.
     """
     prepared, process, model = trained.prepared, trained.process, trained.model
-    tasks = {task: spec.label for task, spec in model.tasks.items()}
+    tasks = prepared.kind.heads(prepared.schema, prepared.config)
+    if not tasks:
+        raise UserError(
+            f"a report tells of the gates and experts of foundation models, and model.kind is "
+            f"{prepared.config.model.kind}: see evaluation.json and tensorboard/ of the run folder."
+        )
     stream = build_stream(prepared, split, process.rank, process.world_size, shuffled=True)
     steps = -(-rows // (stream.order.per_stream * stream.order.streams)) if rows else stream.steps
     watch = Watch(model, tasks)

@@ -23,7 +23,7 @@ from ..training.evaluation import FILE_NAME
 from . import figures
 from .curves import read_curves
 from .measure import measure
-from .table import COLUMNS, evaluation_lines
+from .table import columns_of, evaluation_lines
 
 PAGE_NAME = "report.html"
 LARGEST_PICTURE = 2 << 20
@@ -217,7 +217,12 @@ def _evaluation_part(found: dict[str, Any]) -> list[str]:
     ]
     rates = ", ".join(f"{name.replace('_', ' ')} {value:,.1f}" for name, value in evaluation["rates"].items())
     title = f"<h2>Evaluation: {escape(evaluation['split'])} split, step {evaluation['step']:,}</h2>"
-    return [title, _rows(["domain", "task", *COLUMNS], lines, 2, classes), *notes, f"<p>{escape(rates)}</p>"]
+    return [
+        title,
+        _rows(["domain", "task", *columns_of(evaluation)], lines, 2, classes),
+        *notes,
+        f"<p>{escape(rates)}</p>",
+    ]
 
 
 def _curves_part(curves: dict[str, Any]) -> list[str]:

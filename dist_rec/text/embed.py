@@ -63,6 +63,8 @@ def embed(
     timeout_minutes: float = 30.0,
     overwrite: bool = False,
     pooling: Pooling | Literal["auto"] = "auto",
+    word_drop: float = 0.0,
+    drop_seed: int = 0,
 ) -> EmbedResult:
     """Write or extend the store of text vectors at `out`. Every rank calls it.
 
@@ -85,6 +87,8 @@ def embed(
         timeout_minutes: how long a rank that is done waits for the others.
         overwrite: write the store anew instead of extending it.
         pooling: see `choose_pooling`.
+        word_drop: probability with which each word of a text is left out; the vectors keep the whole texts' keys.
+        drop_seed: of those draws.
 
     Raises:
         UserError: wrong input; two different texts of one key; an existing store of another recipe; another job
@@ -93,6 +97,8 @@ def embed(
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if any(number is not None and number <= 0 for number in (batch_tokens, max_tokens, timeout_minutes)):
         raise UserError("batch_tokens, max_tokens and timeout_minutes must be positive.")
+    if not 0 <= word_drop < 1 or drop_seed < 0:
+        raise UserError(f"word_drop is a share from 0 to below 1, and drop_seed not negative: got {word_drop:g}.")
     place = _device(device, dtype)
     batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS[place.type]
     folder = _local_folder(out)
@@ -109,6 +115,8 @@ def embed(
         compute=dtype,
         dtype=store_dtype,
         width=empty.width,
+        word_drop=word_drop,
+        drop_seed=drop_seed if word_drop else 0,
     )
     if stored:
         _check_recipe(folder, stored, recipe)
@@ -127,7 +135,7 @@ def embed(
             if ledger.num_left:
                 encoder = load_text_encoder(model, COMPUTE[dtype], pooling).to(place)
             # Even with nothing left: a text must not take the vector of another that shares its key.
-            stream = chunks_of(new_texts(files, ledger, rank, world_size, model_folder, recipe.max_tokens))
+            stream = chunks_of(new_texts(files, ledger, rank, world_size, model_folder, recipe))
             _encode(encoder, stream, writer, place, batch_tokens, ledger, rank, world_size)
             writer.close()
         finally:

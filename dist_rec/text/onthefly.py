@@ -63,13 +63,33 @@ class FrozenVectors:
 
     def _refusal(self, keys: np.ndarray, lacking: np.ndarray) -> UserError:
         info, first = self.store.info, int(keys[lacking[0]])
+        otherwise = "." if info.recipe.word_drop else ", or set text.missing: encode."
         text = text_of(self.data, first)
         named = f"key {first}" if text is None else f"{text[:80]!r}, key {first}"
         return UserError(
             f"{len(np.unique(keys[lacking]))} of {len(np.unique(keys))} texts of a batch of {self.data} have no vector "
             f"in {self.store.folder} (the first is {named}). Add them with "
-            f"`{embed_command(info.model, self.store.folder, self.data, info.recipe)}`, or set text.missing: encode."
+            f"`{embed_command(info.model, self.store.folder, self.data, info.recipe)}`{otherwise}"
         )
+
+
+class SideBySide:
+    """Vectors of texts, and of the same texts with words dropped.
+
+    Args:
+        whole, dropped: where they are from.
+    """
+
+    def __init__(self, whole: FrozenVectors, dropped: FrozenVectors) -> None:
+        self.whole, self.dropped = whole, dropped
+
+    @property
+    def missing(self) -> OnTheFly | None:
+        return self.whole.missing
+
+    def __call__(self, keys: np.ndarray, tokens: Ragged | None) -> np.ndarray:
+        """As `FrozenVectors`, float32 `[T, 2D]`."""
+        return np.concatenate([self.whole(keys, tokens), self.dropped(keys, tokens)], axis=1)
 
 
 class OnTheFly:

@@ -49,7 +49,8 @@ class Recipe:
     """What decides a vector besides the text. Vectors of different recipes never share a store.
 
     `tokenizer` and `model` fingerprints are `text.paths`'; `max_tokens` is where texts were cut;
-    `compute` is the precision of the model, `pooling` how the vectors of its tokens became one.
+    `compute` is the precision of the model, `pooling` how the vectors of its tokens became one. `word_drop` is the
+    share of words that texts lost before (`text.words`), by draws of `drop_seed`; keys are those of the whole texts.
     """
 
     model_fingerprint: str
@@ -59,6 +60,8 @@ class Recipe:
     compute: Literal["fp32", "fp16", "bf16"]
     dtype: Literal["float16", "float32"]
     width: int = Field(ge=1)
+    word_drop: float = Field(default=0.0, ge=0, lt=1)
+    drop_seed: int = Field(default=0, ge=0)
 
 
 @strict
@@ -79,6 +82,7 @@ def embed_command(model: str, out: str | Path, data: str = "<data set>", recipe:
     command = f"dist-rec embed {data} --model {model} --out {out}"
     if recipe is not None:
         command += f" --pooling {recipe.pooling} --dtype {recipe.compute} --store-dtype {recipe.dtype}"
+        command += f" --word-drop {recipe.word_drop:g} --drop-seed {recipe.drop_seed}" if recipe.word_drop else ""
     return command
 
 
@@ -231,6 +235,27 @@ class VectorStore:
                 f"text.pooling is {pooling}, the vectors in {self.folder} are of pooling {self.info.recipe.pooling}: "
                 "leave text.pooling at auto, or write another store with `dist-rec embed --pooling "
                 f"{pooling}`."
+            )
+
+    def check_words(self, dropped: bool) -> None:
+        """Refuse a store of texts with words dropped as one of whole texts, and the other way round.
+
+        Args:
+            dropped: whether they are to be dropped.
+
+        Raises:
+            UserError: it is the other.
+        """
+        share = self.info.recipe.word_drop
+        if dropped and not share:
+            raise UserError(
+                f"text.dropped_store {self.folder} holds vectors of texts with no words dropped: write another with "
+                f"`{embed_command(self.info.model, '<folder>')} --word-drop 0.15`."
+            )
+        if share and not dropped:
+            raise UserError(
+                f"text.store {self.folder} holds vectors of texts of which a share of {share:g} has words dropped: it "
+                "is for text.dropped_store, and whole texts are embedded without --word-drop."
             )
 
     def verify(self) -> None:

@@ -24,7 +24,8 @@ from ..data.index import INDEX_NAME, TokenizerInfo, join, read_index
 from ..data.rows import Ragged
 from ..errors import UserError
 from .paths import TOKENIZER_NAME
-from .store import VectorStore
+from .store import Recipe, VectorStore
+from .words import drop_words
 
 TEXTS_NAME = "texts.parquet"
 READ_ROWS = 16384
@@ -203,12 +204,16 @@ def text_of(data: str, key: int) -> str | None:
 
 
 def new_texts(
-    files: list[TextFile], ledger: Ledger, rank: int, world_size: int, model_folder: Path, max_tokens: int
+    files: list[TextFile], ledger: Ledger, rank: int, world_size: int, model_folder: Path, recipe: Recipe
 ) -> Iterator[Texts]:
-    """This rank's texts that the ledger has not seen, with token ids, in the order of the files."""
-    tokenizer = None
+    """This rank's texts that the ledger has not seen, with token ids, in the order of the files.
+
+    Texts that lose words are tokenised here, whatever their data sets have.
+    """
+    tokenizer, max_tokens = None, recipe.max_tokens
     for file in files:
-        columns = ["key", "text"] + (["tokens"] if file.tokenizer else [])
+        has_tokens = file.tokenizer is not None and not recipe.word_drop
+        columns = ["key", "text"] + (["tokens"] if has_tokens else [])
         for batch in _read(file, columns):
             keys = batch.column("key").to_numpy()
             mine = np.flatnonzero(keys % world_size == rank)
@@ -220,12 +225,18 @@ def new_texts(
             new, clash = ledger.enter(keys, checks)
             _refuse(file, keys, texts, clash, "has the key of a different text: change one of the two texts")
             rows = np.flatnonzero(new)
-            if file.tokenizer:
+            if has_tokens:
                 column = batch.column("tokens").take(pa.array(rows))
                 tokens = Ragged.from_lengths(column.flatten().to_numpy(), column.value_lengths().to_numpy())
             else:
                 tokenizer = tokenizer or _load_tokenizer(model_folder, max_tokens)
-                tokens = _tokenize(tokenizer, [texts[row] for row in rows])
+                chosen = [texts[row] for row in rows]
+                if recipe.word_drop:
+                    chosen = [
+                        drop_words(text, key, recipe.word_drop, recipe.drop_seed)
+                        for text, key in zip(chosen, keys[rows].tolist(), strict=True)
+                    ]
+                tokens = _tokenize(tokenizer, chosen)
             if len(rows) and tokens.lengths.max() > max_tokens:
                 raise UserError(f"{file.path}: a text has more than the {max_tokens} tokens its index promises.")
             yield Texts(keys[rows], checks[rows], tokens)

@@ -48,7 +48,7 @@ class DistributedReduction(Reduction):
     """Sums and gathers over the default process group."""
 
     def __init__(self) -> None:
-        self.world_size = dist.get_world_size()
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
 
     def sum(self, x: Tensor) -> Tensor:
         return _SumOverRanks.apply(x)

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from ..config import DenseConfig
+from ..data.candidates import CANDIDATES, CANDIDATES_TEXT
 from ..embeddings.clusters import Cluster
 from ..embeddings.planner import Reserved
 from ..layers.reduction import Reduction
-from ..models.foundation import FoundationModel
 from .engine import LANGUAGE_MODEL, engine_config
+from .kinds import kind_of
 from .workload import Workload
 
 STAGES = (0, 1, 2, 3)
@@ -171,9 +172,9 @@ def count_dense(workload: Workload) -> Dense:
         encoder = cotrained_encoder(config.text, Reduction(), empty=True)
         width = encoder.width
     with torch.device("meta"):
-        model = FoundationModel(
+        model = kind_of(config).model(
             workload.schema,
-            config.model,
+            config,
             {spec.name: spec.dim for spec in workload.specs},
             width,
             encoder,
@@ -187,9 +188,12 @@ def count_dense(workload: Workload) -> Dense:
 
 def texts_of_a_row(workload: Workload) -> float:
     """Texts of one row, every one counted as different from those of other rows."""
-    most = workload.config.model.history.max_length
-    histories = [name for name in workload.features if workload.schema.features[name].kind == "texts"]
-    return sum(workload.texts.values()) + sum(min(workload.lengths.get(name, 0.0), most) for name in histories)
+    most, found = kind_of(workload.config).most_events(workload.config), 0.0
+    for name in workload.features:
+        if workload.schema.features[name].kind == "texts":
+            length = workload.lengths.get(name, 0.0)
+            found += length if name == CANDIDATES_TEXT else min(length, most)
+    return sum(workload.texts.values()) + found
 
 
 def _events(workload: Workload) -> float:
@@ -197,14 +201,16 @@ def _events(workload: Workload) -> float:
     lengths = [
         workload.lengths.get(name, 0.0)
         for name in workload.features
-        if workload.schema.features[name].role == "history" and workload.schema.features[name].kind == "ids"
+        if workload.schema.features[name].role == "history"
+        and workload.schema.features[name].kind == "ids"
+        and name != CANDIDATES
     ]
-    return min(max(lengths, default=0.0), workload.config.model.history.max_length)
+    return min(max(lengths, default=0.0), kind_of(workload.config).most_events(workload.config))
 
 
-def _towers(model: FoundationModel, workload: Workload) -> Part:
+def _towers(model: nn.Module, workload: Workload) -> Part:
     """A row uses a matrix once; in histories once an event, of texts once a text; of stacks its own domain's part."""
-    events, texts = _events(workload), texts_of_a_row(workload)
+    events, texts, kind = _events(workload), texts_of_a_row(workload), kind_of(workload.config)
     flops = kept = 0.0
     tensors = parameters = trained = 0
     modules = dict(model.named_modules())
@@ -214,21 +220,19 @@ def _towers(model: FoundationModel, workload: Workload) -> Part:
         tensors += 1
         parameters += parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
-        uses = events if name.startswith("history_encoders.") else texts if name.startswith("text_projection") else 1.0
+        uses = {"event": events, "text": texts, "row": 1.0}[kind.used_by(name)]
         if isinstance(modules[name.rpartition(".")[0]], nn.Linear) and parameter.ndim == 2:
             product, numbers = parameter.numel(), sum(parameter.shape)
-        elif parameter.ndim >= 4:  # [domains, stack, in, out]
-            product = parameter[0].numel()
+        elif parameter.ndim >= 4 or parameter.ndim == 3 and kind.used_by(name) == "text":
+            # [domains, stack, in, out], or [stack, in, out]
+            product = parameter[0].numel() if parameter.ndim > 3 else parameter.numel()
             numbers = product // parameter.shape[-2] + parameter.shape[-2]
         else:
             continue
         flops += 2 * product * uses
         kept += KEPT_FACTOR * numbers * uses
-    history = workload.config.model.history
-    if history.kind == "transformer":
-        # Every event attends to every event of its row, twice: scores and mixture.
-        width = workload.config.model.width
-        flops += len(model.history_encoders) * history.layers * 4 * events * events * width
+    # Every event attends to every event of its row, twice: scores and mixture.
+    flops += kind.attention_layers(workload.config, model) * 4 * events * events * workload.config.model.width
     return Part(tensors, parameters, trained, PASSES * flops, kept)
 
 

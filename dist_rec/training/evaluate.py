@@ -17,17 +17,19 @@ from torch import nn
 
 from ..config import Config
 from ..data.batch import Batch
+from ..data.index import CATALOGUE
 from ..embeddings.tables import EmbeddingTables
 from ..errors import UserError
-from ..models.foundation import FoundationModel
 from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
+from .paired import compare, pair
 from .prepare import prepare
 from .prepared import Prepared
 from .process import Process, choose_device, process_group, quieten
 from .resume import check_vectors
+from .row_ranks import keep_ranks, read_ranks
 from .setup import agree_on_index, build_model, build_stream, build_tables
 
 
@@ -42,7 +44,7 @@ class Trained:
     process: Process
     tables: EmbeddingTables
     sharded: nn.Module
-    model: FoundationModel
+    model: nn.Module
     step: int
     converted: list[str]
 
@@ -66,8 +68,9 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
     # Of the ranks that trained: these may be others.
     config = replace(config, tables=replace(config.tables, plan=None))
     prepared = prepare(config, run=run)
-    if split not in prepared.indexes:
-        raise UserError(f"the config names no data.{split}: it has {', '.join(prepared.indexes)}.")
+    splits = [name for name in prepared.indexes if name != CATALOGUE]
+    if split not in splits:
+        raise UserError(f"the config names no data.{split}: it has {', '.join(splits)}.")
     device = choose_device(config)
     with process_group(config, device) as process:
         for name in prepared.indexes:
@@ -86,27 +89,43 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
         yield Trained(prepared, process, tables, sharded, model, saved.step, converted)
 
 
-def evaluate_run(config: Config, run: Path, split: str, baselines: bool = False) -> dict[str, Any]:
-    """Evaluate the latest checkpoint of `run` and write its evaluation.json.
+def evaluate_run(
+    config: Config, run: Path, split: str, baselines: bool = False, against: Path | None = None
+) -> dict[str, Any]:
+    """Evaluate the latest checkpoint of `run` and write its evaluation.json, and every row's place where rows have one.
 
     Args:
         baselines: score the rows with a query by BM25 and by the cosine of frozen vectors too.
+        against: another run, whose places of the same rows were kept: the result of rank 0 has `against`, the paired
+            bootstrap of the two (`paired.compare`), which is not written.
 
     Raises:
-        UserError: as `trained`; baselines of data without a text of the query and of the item.
+        UserError: as `trained`; baselines of data without a text of the query and of the item; `against` keeps no
+            places, or those of other rows; this run's rows have none.
     """
+    other = read_ranks(against, split) if against else None
     with trained(config, run, split) as loaded:
         prepared, process = loaded.prepared, loaded.process
         stream = build_stream(prepared, split, process.rank, process.world_size)
-        tasks = {task: spec.label for task, spec in loaded.model.tasks.items()}
+        tasks = prepared.kind.heads(prepared.schema, config)
         others = Baselines(prepared, tasks, split, process) if baselines else None
         predict = others.watch(loaded.predict) if others else loaded.predict
         entry: dict[str, Any] = {"split": split, "step": loaded.step}
         if loaded.converted:
             entry["converted"] = loaded.converted
-        entry |= evaluate(prepared, tasks, stream, predict, loaded.sharded)
+        evaluator = prepared.kind.evaluator(prepared.schema, config)
+        if other and not evaluator.ranks_rows:
+            raise UserError(
+                f"{run} cannot be compared row by row: its model says how probable labels are and ranks no catalogue. "
+                "Compare metrics over several seeds (dist-rec bench experiment)."
+            )
+        entry |= evaluate(prepared, evaluator, stream, predict, loaded.sharded)
+        keep_ranks(evaluator, prepared, split, loaded.step, run)
         if others:
             entry["baselines"] = others.compute()
         if process.is_main:
             write_evaluation(run, entry)
+    if other and process.is_main:
+        compared = compare(pair(read_ranks(run, split), other), evaluator.at)
+        entry["against"] = {"run": str(against), "step": other[1].step, **compared}
     return entry

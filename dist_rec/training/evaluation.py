@@ -7,13 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data.stream import Stream
 from ..embeddings.managed import id_counts, managed_ids
 from ..files import write_text
-from .metrics import Evaluation
+from .evaluators import Evaluator
 from .prepared import Prepared
 from .process import choose_device
 
@@ -22,34 +21,21 @@ FILE_NAME = "evaluation.json"
 EVALUATED = ("occupancy", "collisions")
 
 
-def evaluate(prepared: Prepared, tasks: dict[str, str], stream: Stream, predict, sharded: nn.Module) -> dict[str, Any]:
+def evaluate(prepared: Prepared, evaluator: Evaluator, stream: Stream, predict, sharded: nn.Module) -> dict[str, Any]:
     """Run `predict` over a stream and compute every metric, and how fast it went. Collective.
 
     Args:
-        tasks: label of each task.
-        predict: iterator of batches -> iterator of (batch, output with `logits`).
+        evaluator: takes what the model says of each batch, and still has it afterwards (`per_row`).
+        predict: iterator of batches -> iterator of (batch, output), the output as the evaluator reads it.
         sharded: the tables that `predict` reads; of those with managed ids, `managed` of the result says how full
             they are, and what share of the ids read a shared row.
     """
     for ids in managed_ids(sharded).values():
         ids.forget_evaluation()
-    started, schema = time.monotonic(), prepared.schema
-    evaluation = Evaluation(schema.domains.names, list(tasks), prepared.config.evaluate.ndcg_at)
+    started = time.monotonic()
     for batch, output in predict(stream.batches(epoch=0)):
-        for task, label in tasks.items():
-            gains = batch.labels[label]
-            evaluation.add(
-                task,
-                torch.sigmoid(output["logits"][task].float()),
-                gains / schema.labels[label].maximum,
-                gains,
-                batch.label_valid[label] & batch.valid,
-                batch.domain,
-                batch.user,
-                batch.query,
-                batch.row,
-            )
-    metrics = evaluation.compute()
+        evaluator.add_batch(batch, output)
+    metrics = evaluator.compute()
     seconds = time.monotonic() - started
     rates = {"evaluate_seconds": round(seconds, 2), "evaluate_rows_per_s": round(stream.reader.index.rows / seconds, 1)}
     counted = id_counts(sharded, choose_device(prepared.config), evaluated=True)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..config import Config
 from ..embeddings.tables import TableSpec, table_specs
 from ..errors import UserError
 from ..layers.reduction import Reduction
-from ..models.foundation import FoundationModel
 from ..schema import Schema
 from .checkpoint import Saved, checkpoints, last_good
+from .kinds import kind_of
 from .prepared import Prepared
 from .resume import check_vectors
 from .start.foundation import Foundation, foundation_faults, model_faults, origin_of, read_foundation, with_starts
@@ -44,13 +45,16 @@ def where_it_starts(config: Config, schema: Schema, folder: Path) -> tuple[Origi
 
 
 def specs_of(schema: Schema, config: Config, features: list[str], origin: Origin | None) -> list[TableSpec]:
-    """The tables of a run, those that stay as they were marked so."""
+    """The tables of a run that reads `features` of its data, those that stay as they were marked so."""
+    kind = kind_of(config)
+    schema, features = kind.given(schema, config, features)
+    features = kind.looked_up(schema, config, features)
     specs = table_specs(schema, config.tables, features)
     frozen = frozen_tables(config.finetune, [spec.name for spec in specs], origin.tables) if origin else set()
     return table_specs(schema, config.tables, features, frozen) if frozen else specs
 
 
-def empty_model(prepared: Prepared, schema: Schema) -> FoundationModel:
+def empty_model(prepared: Prepared, schema: Schema) -> nn.Module:
     """The dense model of a schema like the run's, without memory (on the meta device)."""
     config, encoder, width = prepared.config, None, prepared.store.width if prepared.store else 0
     if config.text.trains:
@@ -58,8 +62,9 @@ def empty_model(prepared: Prepared, schema: Schema) -> FoundationModel:
 
         encoder = cotrained_encoder(config.text, Reduction(), empty=True)
         width = encoder.width
+    schema, features = prepared.kind.given(schema, config, prepared.features)
     with torch.device("meta"):
-        return FoundationModel(schema, config.model, prepared.dims, width, encoder, prepared.features, Reduction())
+        return prepared.kind.model(schema, config, prepared.dims, width, encoder, features, Reduction())
 
 
 def names_of(prepared: Prepared) -> Names:

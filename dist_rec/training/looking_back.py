@@ -26,6 +26,8 @@ def add_old_test(prepared: Prepared) -> str | None:
         return None
     fault = None
     try:
+        if prepared.kind.reads_catalogue:
+            raise UserError("a sequence model ranks the items of its own catalogue, and those rows ask for others.")
         if origin.test is None:
             raise UserError("the foundation's config names no data.test.")
         index = prepared.read(OLD)

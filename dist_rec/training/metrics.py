@@ -91,15 +91,15 @@ class Evaluation:
         if task not in self._chunks:
             raise ValueError(f"task {task!r} is none of {self.tasks}")
         columns = {
-            "score": _to_numpy(scores, np.float64),
-            "label": _to_numpy(labels, np.float64),
-            "gain": _to_numpy(gains, np.float64),
-            "domain": _to_numpy(domain, np.int64),
-            "user": _to_numpy(user, np.int64),
-            "query": _to_numpy(query, np.int64),
-            "row": _to_numpy(row, np.int64),
+            "score": to_numpy(scores, np.float64),
+            "label": to_numpy(labels, np.float64),
+            "gain": to_numpy(gains, np.float64),
+            "domain": to_numpy(domain, np.int64),
+            "user": to_numpy(user, np.int64),
+            "query": to_numpy(query, np.int64),
+            "row": to_numpy(row, np.int64),
         }
-        mask = _to_numpy(valid, np.bool_)
+        mask = to_numpy(valid, np.bool_)
         shapes = {name: column.shape for name, column in columns.items()} | {"valid": mask.shape}
         if len(set(shapes.values())) != 1 or mask.ndim != 1:
             raise ValueError(f"task {task!r}: all arguments must be [B], got {shapes}")
@@ -173,9 +173,9 @@ class Evaluation:
         loss = -(label * np.log(clipped) + (1 - label) * np.log1p(-clipped))
         local = {
             "count": self._by_domain(domain, np.stack([np.ones_like(domain), positive], axis=1)),
-            "label": self._by_domain(domain, _fixed(label)),
-            "score": self._by_domain(domain, _fixed(score)),
-            "loss": self._by_domain(domain, _fixed(loss)),
+            "label": self._by_domain(domain, fixed(label)),
+            "score": self._by_domain(domain, fixed(score)),
+            "loss": self._by_domain(domain, fixed(loss)),
         }
         del clipped, loss
         local["gauc"] = self._grouped_auc(exchange, rows["user"], domain, score, positive)
@@ -186,15 +186,15 @@ class Evaluation:
 
     def _row(self, sums: dict[str, np.ndarray], auc: list[float | None], at: int) -> Metrics:
         count, positives, _ = (int(v) for v in sums["count"][at])
-        mean_label, mean_score = _mean(sums["label"][at], count), _mean(sums["score"][at], count)
+        mean_label, mean_score = mean(sums["label"][at], count), mean(sums["score"][at], count)
         return {
             "rows": count,
             "positives": positives,
             "auc": auc[at],
-            "gauc": _mean(sums["gauc"][at], int(sums["gauc"][at][2])),
-            "logloss": _mean(sums["loss"][at], count),
+            "gauc": mean(sums["gauc"][at], int(sums["gauc"][at][2])),
+            "logloss": mean(sums["loss"][at], count),
             "calibration": mean_score / mean_label if mean_label else None,
-            f"ndcg@{self.ndcg_at}": _mean(sums["ndcg"][at], int(sums["ndcg"][at][2])),
+            f"ndcg@{self.ndcg_at}": mean(sums["ndcg"][at], int(sums["ndcg"][at][2])),
             "mean_label": mean_label,
             "mean_score": mean_score,
         }
@@ -249,7 +249,7 @@ class Evaluation:
             both = (classes > 0).all(axis=1)
             weight = classes[both].sum(axis=1)
             auc = pairs[both] / (2.0 * classes[both].prod(axis=1))
-            return groups[0][both], np.column_stack([_fixed(auc * weight), weight])
+            return groups[0][both], np.column_stack([fixed(auc * weight), weight])
 
         return self._cut_and_whole(weighted, domain, user)
 
@@ -263,7 +263,7 @@ class Evaluation:
 
         def averaged(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             groups, values = _ndcg(keys, score, gain, self.ndcg_at)
-            return groups[0], np.column_stack([_fixed(values), np.ones(len(values), dtype=np.int64)])
+            return groups[0], np.column_stack([fixed(values), np.ones(len(values), dtype=np.int64)])
 
         return self._cut_and_whole(averaged, domain, query)
 
@@ -274,14 +274,14 @@ class Evaluation:
         return table
 
 
-def _to_numpy(values: Tensor, kind: type) -> np.ndarray:
+def to_numpy(values: Tensor, kind: type) -> np.ndarray:
     values = torch.as_tensor(values).detach().cpu()
     if values.dtype == torch.bfloat16:
         values = values.float()
     return values.numpy().astype(kind)
 
 
-def _fixed(values: np.ndarray) -> np.ndarray:
+def fixed(values: np.ndarray) -> np.ndarray:
     """Reals as two int64 columns, coarse x 2^-24 + fine x 2^-56, whose sums do not depend on order.
 
     For sums of up to 2^31 rows with |value| below 2^29 each and 2^38 together; the error is 2^-57 a value.
@@ -291,8 +291,8 @@ def _fixed(values: np.ndarray) -> np.ndarray:
     return np.column_stack([coarse, fine]).astype(np.int64)
 
 
-def _mean(sums: np.ndarray, count: int) -> float | None:
-    """Mean from the two columns of `_fixed`."""
+def mean(sums: np.ndarray, count: int) -> float | None:
+    """Mean from the two columns of `fixed`."""
     if count == 0:
         return None
     return (int(sums[0]) * int(FINE / COARSE) + int(sums[1])) / (int(FINE) * count)

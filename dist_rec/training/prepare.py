@@ -8,21 +8,22 @@ from pathlib import Path
 import torch
 
 from ..config import Config, TablesConfig, TextConfig, check_names
-from ..data.index import Index, TokenizerInfo, read_index
+from ..data.index import CATALOGUE, SPLITS, Index, TokenizerInfo, read_index
 from ..embeddings.ids import fault_of_rows
 from ..embeddings.plan_file import check_plan
 from ..embeddings.sharders import check_kernels
 from ..errors import UserError
 from ..layers.reduction import Reduction
-from ..models.foundation import FoundationModel
 from ..schema import Schema
 from ..text.onthefly import OnTheFly
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
 from .finetuning import finetune_faults, specs_of, where_it_starts
+from .kinds import kind_of
 from .prepared import Prepared
 from .process import choose_device, ranks_here, world_size
-from .reading import retry_of, used_features
+from .reading import retry_of
+from .workload import USUAL_TEXT_WIDTH
 
 
 def prepare(
@@ -48,14 +49,17 @@ def prepare(
             return None
 
     data, ranks = config.data, ranks or world_size()
-    roots = {split: getattr(data, split) for split in ("train", "valid", "test")}
-    view = view or _whole
+    kind, view = kind_of(config), view or _whole
+    roots = {split: getattr(data, split) for split in SPLITS}
     indexes = {
         split: attempt(lambda root=root: view(read_index(root, retry_of(data))))
         for split, root in roots.items()
         if root is not None
     }
+    if kind.reads_catalogue and data.catalogue is not None:
+        indexes[CATALOGUE] = attempt(read_index, data.catalogue, retry_of(data))
     store = attempt(VectorStore.open, config.text.store) if config.text.mode == "frozen" else None
+    dropped = attempt(VectorStore.open, config.text.dropped_store) if kind.reads_dropped(config) else None
     if data.streams < ranks:
         faults.append(
             f"data.streams is {data.streams}, but there are {ranks} ranks: raise it, and data.batch_size to a "
@@ -66,11 +70,13 @@ def prepare(
     if train is not None:
         schema = train.schema
         faults += _data_faults(config, indexes)
-        features = used_features(schema, config)
+        features = kind.features(schema, config)
         if config.finetune.run is not None:
             origin, foundation = attempt(where_it_starts, config, schema, run or config.run_folder) or (None, None)
             features = [name for name in features if origin is None or name not in origin.left_out]
+        faults += kind.faults(schema, config, features)
         specs = attempt(specs_of, schema, config, features, origin)
+        faults += kind.table_faults(config, specs or [])
         managed = [fault_of_rows(spec.name, spec.rows, ranks) for spec in specs or [] if spec.managed]
         faults += filter(None, managed)
         if specs is not None and config.tables.plan is not None:
@@ -80,16 +86,24 @@ def prepare(
         if store is not None:
             attempt(store.check_tokenizer, train.tokenizer)
             attempt(store.check_pooling, config.text.pooling)
+            attempt(store.check_words, False)
             if config.text.missing == "encode":
                 missing = attempt(_on_the_fly, config, store, train.tokenizer)
+        if dropped is not None:
+            attempt(dropped.check_words, True)
+        if store is not None and dropped is not None:
+            faults += _unlike(store, dropped)
         if config.text.trains:
             folder = attempt(resolve_model_folder, config.text.model)
             longest = attempt(_longest_text, config.text) if folder is not None else None
             attempt(_check_tokenizer, config.text.model, folder, data.train, train.tokenizer, longest)
-        # Faulty overrides hide no fault of the model, for which any widths will do.
+        # Faulty overrides and stores hide no fault of the model, for which any widths will do.
         dims = dict.fromkeys(schema.table_sizes(), TablesConfig().dim) | {s.name: s.dim for s in specs or []}
-        is_model = attempt(_try_model, schema, config, dims, features)
-        prepared = Prepared(config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing)
+        width = store.width if store else USUAL_TEXT_WIDTH if config.text.mode != "none" else 0
+        is_model = attempt(_try_model, schema, config, dims, width, features)
+        prepared = Prepared(
+            config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing, dropped=dropped
+        )
         has_texts = store is not None or config.text.mode != "frozen"
         if origin is not None and specs is not None and is_model and has_texts:
             faults += attempt(finetune_faults, prepared) or []
@@ -103,6 +117,22 @@ def _on_the_fly(config: Config, store: VectorStore, tokenizer: TokenizerInfo | N
     text = config.text
     model = text.model or store.info.model
     return OnTheFly(store.info.recipe, model, tokenizer, choose_device(config), text.batch_tokens, config.data.train)
+
+
+def _unlike(store: VectorStore, dropped: VectorStore) -> list[str]:
+    """How the vectors of texts with words dropped were made in another way than those of the texts."""
+    one, other = store.info.recipe, dropped.info.recipe
+    differ = [
+        f"{name} is {getattr(one, name)} there and {getattr(other, name)} here"
+        for name in ("model_fingerprint", "tokenizer_fingerprint", "max_tokens", "pooling", "width")
+        if getattr(one, name) != getattr(other, name)
+    ]
+    if not differ:
+        return []
+    return [
+        f"text.dropped_store {dropped.folder} is not of the same language model as text.store {store.folder}: "
+        f"{', '.join(differ)}. Embed the texts with --word-drop as those were"
+    ]
 
 
 def _whole(index: Index) -> Index:
@@ -163,8 +193,10 @@ def _check_tokenizer(
         )
 
 
-def _try_model(schema: Schema, config: Config, dims: dict[str, int], features: list[str]) -> bool:
+def _try_model(schema: Schema, config: Config, dims: dict[str, int], width: int, features: list[str]) -> bool:
     """Build the model without memory, for the faults that only the model knows."""
+    kind = kind_of(config)
+    given, features = kind.given(schema, config, features)
     with torch.device("meta"):
-        FoundationModel(schema, config.model, dims, 0, None, features, Reduction())
+        kind.model(given, config, dims, width, None, features, Reduction())
     return True

@@ -85,7 +85,7 @@ def train(config: Config, look_back: bool = True) -> Path:
                 back.before()
             rates = trainer.train(tracker)
             split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
-            result = trainer.evaluate(split)
+            result = trainer.evaluate(split, keep=True)
             tracker.evaluation(trainer.step, result)
             if back:
                 back.after()

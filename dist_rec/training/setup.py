@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingPlan
 
@@ -23,7 +24,7 @@ from ..embeddings.sharding import attach_optimizer, ranks_per_host, shard
 from ..embeddings.tables import EmbeddingTables
 from ..errors import UserError
 from ..layers.reduction import Reduction
-from ..models.foundation import FoundationModel
+from .catalogue import candidates_of
 from .checkpoint import Saved
 from .collectives import DistributedReduction
 from .engine import make_engine
@@ -81,7 +82,7 @@ def build_stream(prepared: Prepared, split: str, rank: int, world: int, shuffled
         window=config.data.shuffle_window if shuffled else None,
         arrangement="shuffled" if shuffled else "index",
     )
-    return _stream(prepared, split, order, index, rank, world)
+    return _stream(prepared, split, order, index, rank, world, training=False)
 
 
 def build_training_stream(
@@ -104,7 +105,7 @@ def build_training_stream(
         weights=_weights(data, index, every_row),
         drop_last=data.drop_last,
     )
-    return _stream(prepared, "train", order, index, rank, world)
+    return _stream(prepared, "train", order, index, rank, world, training=True)
 
 
 def _weights(data: DataConfig, index: Index, every_row: bool) -> list[float] | None:
@@ -119,8 +120,12 @@ def _weights(data: DataConfig, index: Index, every_row: bool) -> list[float] | N
     return temperature_weights([rows.get(d, 0) for d in domains], temperature)
 
 
-def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: int, world: int) -> Stream:
-    config, vectors = prepared.config, prepared.vectors(split)
+def _stream(
+    prepared: Prepared, split: str, order: Order, index: Index, rank: int, world: int, training: bool
+) -> Stream:
+    config, kind, vectors = prepared.config, prepared.kind, prepared.vectors(split, training)
+    schema, features = prepared.given
+    looked_up = kind.looked_up(schema, config, features)
     return Stream(
         ShardReader(
             prepared.root(split),
@@ -135,12 +140,16 @@ def _stream(prepared: Prepared, split: str, order: Order, index: Index, rank: in
         rank=rank,
         world_size=world,
         vectors=vectors,
-        id_maps=id_maps(prepared.schema, config.tables.overrides, prepared.features),
+        id_maps=id_maps(schema, config.tables.overrides, looked_up),
+        identify=kind.identified(schema, config, features),
+        look_up=bool(looked_up),
+        candidates=candidates_of(prepared, rank, world, training) if kind.reads_catalogue else None,
+        schema=schema,
         read_ahead=config.data.read_ahead,
     )
 
 
-def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
+def build_model(prepared: Prepared, reduction: Reduction) -> nn.Module:
     """The dense model, initialised by run.seed alone: equal on every rank."""
     config = prepared.config
     encoder, width = None, prepared.store.width if prepared.store else 0
@@ -151,7 +160,8 @@ def build_model(prepared: Prepared, reduction: Reduction) -> FoundationModel:
         encoder = cotrained_encoder(config.text, reduction)
         width = encoder.width
     torch.manual_seed(config.run.seed)
-    return FoundationModel(prepared.schema, config.model, prepared.dims, width, encoder, prepared.features, reduction)
+    schema, features = prepared.given
+    return prepared.kind.model(schema, config, prepared.dims, width, encoder, features, reduction)
 
 
 def build_engine(prepared: Prepared, process: Process, batch_rows: int, start: Saved | None = None):
@@ -180,7 +190,7 @@ def build_tables(
         UserError: no plan fits, or `tables.plan` is none for these tables and ranks.
     """
     config = prepared.config
-    tables = EmbeddingTables(prepared.specs, prepared.schema, config.tables, torch.device("meta"))
+    tables = EmbeddingTables(prepared.specs, prepared.given[0], config.tables, torch.device("meta"))
     attach_optimizer(tables, config.tables)
     local_world_size = ranks_per_host(process.local_world_size, prepared.specs, process.device)
     ranks = {"world_size": process.world_size, "local_world_size": local_world_size, "device": process.device}
@@ -197,12 +207,12 @@ def build_tables(
 
 
 def _workload(prepared: Prepared) -> Workload:
-    config, index, features = prepared.config, prepared.indexes["train"], prepared.features
-    lengths = mean_lengths(prepared.schema, features, index.statistics)
-    texts = text_shares(prepared.schema, features, index.statistics)
+    config, index, (schema, features) = prepared.config, prepared.indexes["train"], prepared.given
+    lengths = mean_lengths(schema, features, index.statistics) | prepared.kind.carried(config, prepared.num_items)
+    texts = text_shares(schema, features, index.statistics)
     return Workload(
         config=config,
-        schema=prepared.schema,
+        schema=schema,
         features=features,
         specs=prepared.specs,
         lengths=lengths,

@@ -22,6 +22,7 @@ from .passes import Pass, Passes
 from .prepared import Prepared
 from .process import Process
 from .resume import State, plan_to_keep, state_of
+from .row_ranks import keep_ranks
 from .row_record import NoRecord, RowRecord
 from .setup import agree_on_index, build_engine, build_stream, build_tables, build_training_stream
 from .summary import Account
@@ -62,7 +63,6 @@ class Trainer:
             checkpoint.load_dense_into_engine(earlier, self.engine)
         elif start:
             self.converted = checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
-        self.tasks = {task: spec.label for task, spec in self.engine.module.tasks.items()}
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}
         self.lost_block_rows = 0
@@ -213,10 +213,18 @@ class Trainer:
                 f"{data.max_damaged_share:g} of {rows:,}. Run `dist-rec shards verify {data.train}`."
             )
 
-    def evaluate(self, split: str) -> dict[str, Any]:
-        """Metrics over a whole split. Collective."""
+    def evaluate(self, split: str, keep: bool = False) -> dict[str, Any]:
+        """Metrics over a whole split. Collective.
+
+        Args:
+            keep: write every row's place into the run folder, where rows have places.
+        """
         stream = build_stream(self.prepared, split, self.process.rank, self.process.world_size)
-        return evaluate(self.prepared, self.tasks, stream, self.hybrid.predict, self.hybrid.sharded)
+        evaluator = self.prepared.kind.evaluator(self.prepared.schema, self.config)
+        found = evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
+        if keep:
+            keep_ranks(evaluator, self.prepared, split, self.step, self.config.run_folder)
+        return found
 
     def close(self) -> None:
         """Let go of what the engine holds beside its memory, where the process goes on to another run."""

@@ -125,7 +125,8 @@ class Planned:
     @property
     def imbalance(self) -> float:
         """Time of the slowest rank over the mean; 1 is even."""
-        return float(self.per_rank.ms.max() / self.per_rank.ms.mean())
+        mean = self.per_rank.ms.mean()
+        return float(self.per_rank.ms.max() / mean) if mean else 1.0
 
     @cached_property
     def plan(self) -> ShardingPlan:

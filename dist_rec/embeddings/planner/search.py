@@ -138,14 +138,14 @@ class Search:
     """Tables with their options, and ranks of equal capacity.
 
     Args:
-        options: of every table.
+        options: of every table; there may be none.
         capacity: bytes of device and of host that one rank has for tables.
     """
 
     def __init__(self, options: list[list[Option]], hosts: int, ranks_per_host: int, capacity: tuple[int, int]) -> None:
         self.hosts, self.local, self.capacity = hosts, ranks_per_host, capacity
         self.items = [[Item(option, capacity) for option in several] for several in options]
-        shape = len(options), max(map(len, options))
+        shape = len(options), max(map(len, options), default=1)
         world = hosts * ranks_per_host
         room = np.maximum(np.array(capacity, dtype=float), 1)
         # Of every table's options; the cost is infinite where there is none or where a shard is larger than a rank.
@@ -167,7 +167,8 @@ class Search:
         placed = np.where(self.everywhere, np.inf, self.cost)
         ceilings = np.unique(np.append(placed[np.isfinite(placed)], 0.0))
         # Under a lower one some table would have no option left.
-        return ceilings[ceilings >= np.where(self.everywhere, np.minimum(self.cost, 0.0), placed).min(axis=1).max()]
+        lowest = np.where(self.everywhere, np.minimum(self.cost, 0.0), placed).min(axis=1)
+        return ceilings[ceilings >= lowest.max(initial=0.0)]
 
     @cached_property
     def bound(self) -> float:

@@ -15,7 +15,8 @@ from ...schema import Schema
 from ...strict import to_dict
 from ...text.store import VectorStore
 from ..checkpoint import Saved, checkpoints, read_manifest
-from ..reading import retry_of, used_features
+from ..kinds import kind_of
+from ..reading import retry_of
 from ..resume import changes
 from .domains import NEAREST, Texts, choose_starts, rule_faults, text_features
 from .origin import MEAN, Origin, read_schema
@@ -43,11 +44,11 @@ class Foundation:
         return self.schema.domains.names
 
     def tasks(self) -> list[str]:
-        return list(self.config.model.tasks) or list(self.schema.labels)
+        return list(kind_of(self.config).heads(self.schema, self.config))
 
     def left_out(self, schema: Schema, config: Config) -> list[str]:
         """Features that a config would read of its data, and this run did not."""
-        return [name for name in used_features(schema, config) if name not in self.features]
+        return [name for name in kind_of(config).features(schema, config) if name not in self.features]
 
 
 def read_foundation(run: str) -> Foundation:
@@ -78,7 +79,7 @@ def read_foundation(run: str) -> Foundation:
                 f"finetune.run: {folder} was written before run folders kept their schema, and its data cannot be "
                 f"read: {error}"
             ) from None
-    return Foundation(folder, config, schema, newest, used_features(schema, config))
+    return Foundation(folder, config, schema, newest, kind_of(config).features(schema, config))
 
 
 def foundation_faults(foundation: Foundation, config: Config, schema: Schema) -> list[str]:
@@ -93,7 +94,7 @@ def foundation_faults(foundation: Foundation, config: Config, schema: Schema) ->
         return faults
     new = schema.domains.names[len(foundation.domains) :]
     faults += rule_faults(config.finetune.domains, foundation.domains, new, [foundation.config, config])
-    now = list(config.model.tasks) or list(schema.labels)
+    now = list(kind_of(config).heads(schema, config))
     if now != foundation.tasks():
         faults.append(
             f"the foundation has heads for {', '.join(foundation.tasks())}, this config for {', '.join(now)}: name the "
@@ -123,8 +124,8 @@ def model_faults(
     found += [
         f"table {spec.name!r} is not in the foundation's checkpoint"
         for spec in specs
-        # Of a table that it has, the rows of new ids.
-        if spec.name not in tables and spec.name.partition("@")[0] not in tables
+        # Of a table that it has, the rows of new ids; without any, it knew items by their texts alone.
+        if tables and spec.name not in tables and spec.name.partition("@")[0] not in tables
     ]
     found += [
         f"table {name!r} is in the foundation's checkpoint, this config has no use for it"

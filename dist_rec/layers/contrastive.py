@@ -1,0 +1,269 @@
+"""Softmax over candidates of all ranks: one loss for in-batch, full and sampled negatives, and the ranks of targets.
+
+Position p has a unit state s_p, a positive of unit vector v_p and an identity y_p; candidate c, on whichever rank, a
+unit vector v_c, an identity and a weight w_c:
+
+    l_p = -log( exp(s_p v_p / tau) / ( exp(s_p v_p / tau) + Z_p ) ),   Z_p = sum_{c: id_c != y_p} w_c exp(s_p v_c / tau)
+
+* in-batch: a rank's candidates are its distinct targets, w the number of their occurrences: the sum over the global
+  batch's other rows, those of the same item left out.
+* full: the catalogue with w = 1: softmax cross-entropy over all items.
+* sampled: w = 1 / (expected count in the sample), which makes Z an unbiased estimate of the full one (`SampledSoftmax`
+  subtracts the logarithm of the same number from the logit).
+
+Positions are gathered over ranks, each rank adds up its own candidates, and the sums are reduced: no rank sees
+another's candidates. Cosines bound the logits by 1 / tau, which is subtracted; no maximum is needed. Scores exist in
+chunks of `CHUNK` and are computed again in backward, so memory does not grow with positions times candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reduction import Reduction
+
+# Scores that exist at a time.
+CHUNK = 2**20
+# Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
+TIE = 1e-6
+
+
+class Candidates(NamedTuple):
+    """M candidates of this rank.
+
+    Attributes:
+        vectors: `[M, H]`, of length 1 (or 0).
+        identity: int64 `[M]`.
+        weight: `[M]`.
+        sequence: int64 `[M]`, number of the sequence that a candidate comes from; None where it comes from none. A
+            candidate is no negative of its own sequence's positions.
+    """
+
+    vectors: Tensor
+    identity: Tensor
+    weight: Tensor
+    sequence: Tensor | None = None
+
+
+class Term(NamedTuple):
+    """One loss over common positions.
+
+    Attributes:
+        positives: `[P, H]`, v_p.
+        candidates: this rank's.
+        own: how much of the weight of candidates with p's identity is p's positive itself; read by `official` only.
+    """
+
+    positives: Tensor
+    candidates: Candidates
+    own: float
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length 1; a row of zeros stays one, with a zero gradient. `[n, H]` -> `[n, H]`."""
+    squares = x.square().sum(1, keepdim=True)
+    some = squares > 0
+    return torch.where(some, x * torch.where(some, squares, 1).rsqrt(), 0)
+
+
+def distinct(vectors: Tensor, identity: Tensor) -> Candidates:
+    """The distinct of this rank's targets, weighed by their number; an item's vector is its first occurrence's.
+
+    Args:
+        vectors: `[P, H]`.
+        identity: int64 `[P]`.
+    """
+    ordered, order = identity.sort(stable=True)
+    found, counts = torch.unique_consecutive(ordered, return_counts=True)
+    first = order[counts.cumsum(0) - counts]
+    return Candidates(vectors[first], found, counts.to(vectors.dtype))
+
+
+def softmax_losses(
+    states: Tensor,
+    identity: Tensor,
+    sequence: Tensor,
+    terms: list[Term],
+    temperature: float,
+    reduction: Reduction,
+    official: bool = False,
+) -> list[Tensor]:
+    """l_p of this rank's positions for every term.
+
+    Args:
+        states: `[P, H]`, s_p, at least float32; P differs between ranks and may be 0.
+        identity: int64 `[P]`, y_p, not negative.
+        sequence: int64 `[P]`, not negative, the number of p's sequence over all ranks.
+        terms: as many on every rank.
+        temperature: tau.
+        reduction: gathers positions and sums over ranks.
+        official: keep every other occurrence of y_p in the denominator as exp(0) = 1, as the public code does, which
+            sets those logits to 0 where it means to remove them.
+
+    Returns:
+        `[P]` for each term.
+    """
+    most = reduction.largest(len(states), states.device)
+    missing = most - len(states)
+    gathered = reduction.gather(F.pad(states, (0, 0, 0, missing))).flatten(0, 1)
+    keys = reduction.gather(F.pad(torch.stack([identity, sequence]), (0, missing), value=-1))
+    identities, sequences = keys.unbind(1)
+    sums, same = [], []
+    for term in terms:
+        pairs = _Pairs(gathered, identities.flatten(), sequences.flatten(), *term.candidates)
+        total, weight = _Partition.apply(temperature, official, *pairs)
+        sums.append(total)
+        same.append(weight)
+    totals = reduction.sum(torch.stack(sums))
+    weights = reduction.sum(torch.stack(same)) if official else None
+    mine = slice(reduction.rank * most, reduction.rank * most + len(states))
+    found = []
+    for i, term in enumerate(terms):
+        positive = ((states * term.positives).sum(1) - 1) / temperature
+        others = totals[i, mine]
+        if official:
+            others = others + (weights[i, mine] - term.own).clamp_min(0) * math.exp(-1 / temperature)
+        # Where all others underflow, or there are none, the loss is 0 and so is its gradient.
+        others = others.clamp_min(torch.finfo(others.dtype).tiny)
+        found.append(-F.logsigmoid(positive - others.log()))
+    return found
+
+
+class _Pairs(NamedTuple):
+    """Positions and candidates; names as in `Candidates`, `of_` those of positions."""
+
+    states: Tensor
+    of_identity: Tensor
+    of_sequence: Tensor
+    vectors: Tensor
+    identity: Tensor
+    weight: Tensor
+    sequence: Tensor | None
+
+    def scores(self, rows: slice, columns: slice, temperature: float) -> tuple[Tensor, Tensor]:
+        """exp((s v - 1) / tau) of a chunk, 0 where a candidate is no negative; and where it is of the same item from
+        elsewhere."""
+        scores = (self.states[rows] / temperature) @ self.vectors[columns].t()
+        same = excluded = self.of_identity[rows, None] == self.identity[None, columns]
+        if self.sequence is not None:
+            own = self.of_sequence[rows, None] == self.sequence[None, columns]
+            same, excluded = same & ~own, same | own
+        return scores.sub_(1 / temperature).exp_().masked_fill_(excluded, 0), same
+
+
+class _Partition(torch.autograd.Function):
+    """Of `_Pairs` `(sum_c w_c exp((s_p v_c - 1) / tau), sum_c w_c)`, both `[P]`: the first over p's negatives, the
+    second, 0 if not asked for, over candidates of its item from elsewhere."""
+
+    @staticmethod
+    def forward(ctx, temperature, count_same, *pairs):
+        ctx.save_for_backward(*pairs)
+        ctx.temperature = temperature
+        pairs = _Pairs(*pairs)
+        weight = pairs.weight.to(pairs.states.dtype)
+        total, of_same = (pairs.states.new_zeros(len(pairs.states)) for _ in range(2))
+        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
+            scores, same = pairs.scores(rows, columns, temperature)
+            total[rows] += scores @ weight[columns]
+            if count_same:
+                of_same[rows] += same.to(weight.dtype) @ weight[columns]
+        ctx.mark_non_differentiable(of_same)
+        return total, of_same
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient, _):
+        pairs = _Pairs(*ctx.saved_tensors)
+        of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
+        weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
+        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
+            scores = pairs.scores(rows, columns, ctx.temperature)[0]
+            scores.mul_(weight[columns]).mul_(gradient[rows, None])
+            of_states[rows].addmm_(scores, pairs.vectors[columns])
+            of_vectors[columns].addmm_(scores.t(), pairs.states[rows])
+        return None, None, of_states, None, None, of_vectors, None, None, None
+
+
+def _chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and columns with at most `CHUNK` scores each."""
+    wide = max(min(columns, math.isqrt(CHUNK)), 1)
+    high = max(CHUNK // wide, 1)
+    for row in range(0, rows, high):
+        for column in range(0, columns, wide):
+            yield slice(row, row + high), slice(column, column + wide)
+
+
+class Seen(NamedTuple):
+    """Items that rows had before: `identity` int64 `[n]`, rows concatenated, and `length` int64 `[B]`, adding to n."""
+
+    identity: Tensor
+    length: Tensor
+
+
+@torch.no_grad()
+def target_ranks(
+    states: Tensor,
+    targets: Tensor,
+    identity: Tensor,
+    candidates: Candidates,
+    reduction: Reduction,
+    seen: Seen | None = None,
+) -> Tensor:
+    """Rank of each row's target among the candidates of all ranks: 1 + (number of higher ones) + (ties) / 2.
+
+    Candidates of the target's identity do not count, nor do those that the row had before. A score that is no number
+    is the worst.
+
+    Args:
+        states: `[B, H]` of length 1, zeros where unknown, which ties all.
+        targets: `[B, H]`, the targets' vectors.
+        identity: int64 `[B]`, theirs, not negative.
+        candidates: this rank's, of different identities.
+        reduction: gathers rows and sums over ranks.
+        seen: items to leave out.
+
+    Returns:
+        float64 `[B]`.
+    """
+    size = len(states)
+    most = reduction.largest(size, states.device)
+    gathered = reduction.gather(F.pad(states, (0, 0, 0, most - size))).flatten(0, 1)
+    score = reduction.gather(F.pad((states * targets).sum(1), (0, most - size))).flatten()
+    known = reduction.gather(F.pad(identity, (0, most - size), value=-1)).flatten()
+    if seen is not None:
+        before = reduction.gather(_padded(seen, most, reduction)).flatten(0, 1)
+        ordered, order = candidates.identity.sort()
+    # 2 * (higher) + ties
+    behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
+    columns = len(candidates.vectors)
+    high = max(CHUNK // max(columns, 1), 1)
+    for start in range(0, len(gathered) if columns else 0, high):
+        rows = slice(start, start + high)
+        difference = gathered[rows] @ candidates.vectors.t() - score[rows, None]
+        counts = known[rows, None] != candidates.identity[None, :]
+        if seen is not None:
+            at = torch.searchsorted(ordered, before[rows]).clamp_max(columns - 1)
+            row, event = (ordered[at] == before[rows]).nonzero(as_tuple=True)
+            counts[row, order[at[row, event]]] = False
+        # Counted from below, so that what is no number counts as higher.
+        lower, tied = counts & (difference < -TIE), counts & (difference.abs() <= TIE)
+        behind[rows] = 2 * (counts.sum(1) - lower.sum(1)) - tied.sum(1)
+    behind = reduction.sum(behind)
+    mine = behind[reduction.rank * most : reduction.rank * most + size]
+    return 1 + mine.double() / 2
+
+
+def _padded(seen: Seen, rows: int, reduction: Reduction) -> Tensor:
+    """int64 `[rows, L]`, -1 where there is nothing; L is the longest of all ranks."""
+    device = seen.length.device
+    longest = reduction.largest(int(seen.length.max()) if len(seen.length) else 0, device)
+    out = seen.identity.new_full((rows, longest), -1)
+    there = torch.arange(longest, device=device) < F.pad(seen.length, (0, rows - len(seen.length)))[:, None]
+    out[there] = seen.identity
+    return out

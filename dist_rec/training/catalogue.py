@@ -1,0 +1,92 @@
+"""A run's catalogue: read once, and what of it the batches of a rank carry."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..data.candidates import Candidates, Sampled, Whole
+from ..data.catalogue import Catalogue, count_events, read_catalogue
+from ..data.index import CATALOGUE
+from ..data.reader import ShardReader
+from ..errors import UserError
+from .kinds import item_of
+from .prepared import Prepared
+from .process import choose_device
+from .reading import retry_of
+
+
+def candidates_of(prepared: Prepared, rank: int, world_size: int, training: bool) -> Candidates | None:
+    """What a rank's batches are to tell the next item from; None where they have the targets of the batch alone.
+
+    Evaluation takes the whole catalogue. Collective, where a sample is drawn by popularity.
+
+    Args:
+        training: whether the model is trained on the batches, rather than evaluated.
+
+    Raises:
+        UserError: the catalogue is at fault, or smaller than the sample.
+    """
+    model = prepared.config.model
+    if CATALOGUE not in prepared.indexes or training and model.loss == "in_batch":
+        return None
+    catalogue = open_catalogue(prepared, rank)
+    if not training or model.loss == "full":
+        return Whole(catalogue, rank, world_size)
+    if model.samples > len(catalogue):
+        raise UserError(
+            f"model.samples is {model.samples}, and the catalogue {prepared.config.data.catalogue} has "
+            f"{len(catalogue)} items: draw fewer, or set model.loss: full."
+        )
+    odds = None
+    if model.sampling == "popularity":
+        if prepared.events is None:
+            prepared.events = _count(prepared, catalogue, rank, world_size)
+        odds = prepared.events + 1.0
+    return Sampled(catalogue, model.samples, prepared.config.run.seed, rank, world_size, odds)
+
+
+def open_catalogue(prepared: Prepared, rank: int) -> Catalogue:
+    """The run's catalogue, read when it is first asked for; rank 0 says how many of its items have no text.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    if prepared.catalogue is None:
+        schema, text = prepared.schema, None
+        item = item_of(schema, prepared.features)
+        if prepared.config.model.with_text:
+            of_item = schema.select("item", ("text",))
+            text = next(name for name in prepared.features if name in of_item)
+        reader = _reader(prepared, CATALOGUE, [item, text] if text else [item], with_tokens=prepared.reads_tokens)
+        prepared.catalogue = read_catalogue(reader, item, text)
+        without = prepared.catalogue.without_text
+        if text and without and rank == 0:
+            print(
+                f"dist-rec: {without:,} of {len(prepared.catalogue):,} items of {reader.root} have no text: their "
+                "texts' vectors are zero.",
+                file=sys.stderr,
+            )
+    return prepared.catalogue
+
+
+def _reader(prepared: Prepared, split: str, features: list[str], with_tokens: bool) -> ShardReader:
+    retry = retry_of(prepared.config.data)
+    return ShardReader(prepared.root(split), prepared.indexes[split], features, with_tokens, keep=1, retry=retry)
+
+
+def _count(prepared: Prepared, catalogue: Catalogue, rank: int, world_size: int) -> np.ndarray:
+    """Events of every item in the training rows, int64 `[M]`, from a pass over their ids of which each rank makes a
+    part. Collective."""
+    features = prepared.kind.identified(prepared.schema, prepared.config, prepared.features)
+    reader = _reader(prepared, "train", features, with_tokens=False)
+    mine = range(rank, len(reader.places), world_size)
+    counts = count_events((reader.rows(number) for number in mine), features, catalogue)
+    if world_size > 1:
+        total = torch.from_numpy(counts).to(choose_device(prepared.config))
+        dist.all_reduce(total)
+        counts = total.cpu().numpy()
+    return counts

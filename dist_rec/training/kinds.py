@@ -1,0 +1,260 @@
+"""The kinds of models: the only place that knows which classes there are, and how they differ to what trains them.
+
+What a kind is asked: which features of the data it reads, which of those it looks up in tables, what else it is given
+beside them, how it is built, and how it is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import nn
+
+from ..config import Config, ModelConfig, UniSRecConfig
+from ..data.candidates import CANDIDATES, CANDIDATES_TEXT
+from ..errors import UserError
+from ..layers.reduction import Reduction
+from ..schema import Feature, Schema
+from .evaluators import Evaluator, RankingEvaluator, TaskEvaluator
+
+if TYPE_CHECKING:
+    from ..embeddings.tables import TableSpec
+
+
+class Kind:
+    """One kind of model. `reads_catalogue`: whether `data.catalogue` means anything to it."""
+
+    reads_catalogue: ClassVar[bool] = False
+
+    def reads_dropped(self, config: Config) -> bool:
+        """Whether training reads `text.dropped_store`."""
+        return False
+
+    def features(self, schema: Schema, config: Config) -> list[str]:
+        """The features that this config's model reads of the data, in schema order."""
+        raise NotImplementedError
+
+    def looked_up(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        """Those of `features` that are looked up in tables."""
+        return [name for name in features if schema.features[name].kind in ("id", "ids")]
+
+    def identified(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        """Those of `features` whose ids the model is given as they are in the data (`Batch.identity`)."""
+        return []
+
+    def given(self, schema: Schema, config: Config, features: list[str]) -> tuple[Schema, list[str]]:
+        """The schema and features as the model and its tables see them: the data's, and what batches carry besides."""
+        return schema, features
+
+    def carried(self, config: Config, num_items: int) -> dict[str, float]:
+        """Mean number, a row, of what training batches carry besides the data's features.
+
+        Args:
+            num_items: of the catalogue.
+        """
+        return {}
+
+    def heads(self, schema: Schema, config: Config) -> dict[str, str]:
+        """Label of each task that the model predicts."""
+        return {}
+
+    def faults(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        """What of the data this config's model cannot do with."""
+        return []
+
+    def table_faults(self, config: Config, specs: Sequence[TableSpec]) -> list[str]:
+        """What of the tables this config's model cannot do with."""
+        return []
+
+    def model(
+        self,
+        schema: Schema,
+        config: Config,
+        table_dims: dict[str, int],
+        text_width: int,
+        text_encoder: nn.Module | None,
+        features: Sequence[str],
+        reduction: Reduction,
+    ) -> nn.Module:
+        """The model of a schema and features as `given` has them.
+
+        Raises:
+            UserError: there is none.
+        """
+        raise NotImplementedError
+
+    def evaluator(self, schema: Schema, config: Config) -> Evaluator:
+        """A fresh one for a split."""
+        raise NotImplementedError
+
+    def most_events(self, config: Config) -> int:
+        """Events of a history that the model reads."""
+        raise NotImplementedError
+
+    def used_by(self, parameter: str) -> Literal["event", "text", "row"]:
+        """What uses a parameter of this name once: every event of a history, every distinct text, or every row."""
+        raise NotImplementedError
+
+    def attention_layers(self, config: Config, model: nn.Module) -> int:
+        """Layers in which events attend to events."""
+        raise NotImplementedError
+
+
+class _Foundation(Kind):
+    def features(self, schema: Schema, config: Config) -> list[str]:
+        text = config.text.mode != "none"
+        history = config.model.history.kind != "none"
+        history_text = text and history and config.model.history.use_text
+        used = []
+        for name, feature in schema.features.items():
+            if name in config.data.exclude_features:
+                continue
+            if feature.kind == "text" and not text or feature.kind == "texts" and not history_text:
+                continue
+            if feature.role == "history" and not history:
+                continue
+            used.append(name)
+        return used
+
+    def heads(self, schema: Schema, config: Config) -> dict[str, str]:
+        from ..models.foundation import tasks_of
+
+        return {task: spec.label for task, spec in tasks_of(schema, config.model).items()}
+
+    def model(self, schema, config, table_dims, text_width, text_encoder, features, reduction) -> nn.Module:
+        from ..models.foundation import FoundationModel
+
+        return FoundationModel(schema, config.model, table_dims, text_width, text_encoder, features, reduction)
+
+    def evaluator(self, schema: Schema, config: Config) -> Evaluator:
+        return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
+
+    def most_events(self, config: Config) -> int:
+        return config.model.history.max_length
+
+    def used_by(self, parameter: str) -> Literal["event", "text", "row"]:
+        if parameter.startswith("history_encoders."):
+            return "event"
+        return "text" if parameter.startswith("text_projection") else "row"
+
+    def attention_layers(self, config: Config, model: nn.Module) -> int:
+        history = config.model.history
+        return len(model.history_encoders) * history.layers if history.kind == "transformer" else 0
+
+
+class _UniSRec(Kind):
+    """Reads sequences: the history's ids and texts, the item's id and text. The rest of the data is left alone."""
+
+    reads_catalogue = True
+
+    def reads_dropped(self, config: Config) -> bool:
+        return config.text.dropped_store is not None and config.model.contrast.drops_words
+
+    def features(self, schema: Schema, config: Config) -> list[str]:
+        used, model = [], config.model
+        for name, feature in schema.features.items():
+            wanted = feature.role == "item" and feature.kind == "id" and feature.aspect == "id"
+            wanted |= feature.role == "history" and feature.kind == "ids"
+            wanted |= model.with_text and (feature.role, feature.kind) in (("item", "text"), ("history", "texts"))
+            if wanted and name not in config.data.exclude_features:
+                used.append(name)
+        return used
+
+    def looked_up(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        return super().looked_up(schema, config, features) if config.model.with_ids else []
+
+    def identified(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        # Those of the candidates are given with them.
+        return [n for n in features if n != CANDIDATES and schema.features[n].kind in ("id", "ids")]
+
+    def given(self, schema: Schema, config: Config, features: list[str]) -> tuple[Schema, list[str]]:
+        item = item_of(schema, features)
+        if config.data.catalogue is None or item is None:
+            return schema, features
+        added = {CANDIDATES: Feature(role="history", kind="ids", shares=schema.table_of(item))}
+        if config.model.with_text:
+            added[CANDIDATES_TEXT] = Feature(role="history", kind="texts")
+        taken = [name for name in added if name in schema.features]
+        if taken:
+            raise UserError(
+                f"the data set has a feature {taken[0]!r}, which is what a sequence model calls the items that it ranks"
+                ": build it under another name"
+            )
+        return replace(schema, features=schema.features | added), [*features, *added]
+
+    def carried(self, config: Config, num_items: int) -> dict[str, float]:
+        candidates = {"in_batch": 0, "full": num_items, "sampled": config.model.samples}[config.model.loss]
+        return dict.fromkeys((CANDIDATES, CANDIDATES_TEXT), candidates / config.data.batch_size)
+
+    def faults(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
+        model, faults = config.model, []
+        for what, role, kind, needed in (
+            ("the ids of a history", "history", "ids", True),
+            ("the item's id (aspect: id)", "item", "id", True),
+            ("the texts of a history", "history", "texts", model.with_text),
+            ("the item's text", "item", "text", model.with_text),
+        ):
+            named = [n for n in features if (schema.features[n].role, schema.features[n].kind) == (role, kind)]
+            if needed and len(named) != 1:
+                found = f"{', '.join(named)} are" if named else "none is"
+                faults.append(
+                    f"model.kind unisrec reads {what}, one feature, and {found} there: build the data set as "
+                    "sequences, or see data.exclude_features"
+                )
+        item, histories = item_of(schema, features), [n for n in features if schema.features[n].kind == "ids"]
+        for history in histories:
+            if item is not None and schema.table_of(history) != schema.table_of(item):
+                faults.append(f"features.{history} must share the vocabulary of {item}, whose ids it lists")
+        return faults
+
+    def table_faults(self, config: Config, specs: Sequence[TableSpec]) -> list[str]:
+        width = config.model.width
+        return [
+            f"table {spec.name} is {spec.dim} wide, and the vectors of an item's id and of its text are added: set "
+            f"tables.dim, or tables.overrides.{spec.vocabulary}.dim, to model.width {width}"
+            for spec in specs
+            if spec.dim != width
+        ]
+
+    def model(self, schema, config, table_dims, text_width, text_encoder, features, reduction) -> nn.Module:
+        from ..models.unisrec import UniSRec
+
+        return UniSRec(
+            schema,
+            config.model,
+            table_dims,
+            text_width,
+            text_encoder,
+            features,
+            reduction,
+            mask_history=config.evaluate.mask_history,
+        )
+
+    def evaluator(self, schema: Schema, config: Config) -> Evaluator:
+        return RankingEvaluator(schema, config.evaluate.at)
+
+    def most_events(self, config: Config) -> int:
+        return config.model.encoder.max_length
+
+    def used_by(self, parameter: str) -> Literal["event", "text", "row"]:
+        return "text" if parameter.startswith("adaptor.") else "event"
+
+    def attention_layers(self, config: Config, model: nn.Module) -> int:
+        return config.model.encoder.layers
+
+
+_KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}
+
+
+def kind_of(config: Config) -> Kind:
+    """The kind of model that a config has."""
+    return _KINDS[type(config.model)]
+
+
+def item_of(schema: Schema, features: Sequence[str]) -> str | None:
+    """The feature among `features` that is the item's identity."""
+    return next(
+        (n for n in features if (f := schema.features[n]).role == "item" and f.kind == "id" and f.aspect == "id"), None
+    )

@@ -1,0 +1,145 @@
+"""A sequence model's run from end to end: any number of ranks, with and without tables, interrupted, evaluated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run_command
+from sequence_sets import NUM_USERS, WIDTH, build_sequences, config_of
+
+from dist_rec.config import Config, load_config
+from dist_rec.data.index import read_index
+from dist_rec.errors import UserError
+from dist_rec.strict import from_dict
+from dist_rec.text.embed import embed
+from dist_rec.training import checkpoint
+from dist_rec.training.prepare import prepare
+
+SECONDS = 180
+MODELS = {
+    "in_batch": {"contrast": {"weight": 0.1, "item_drop_share": 0.6}},
+    "full": {"item": "text+id", "loss": "full"},
+    "sampled": {"item": "text+id", "loss": "sampled", "samples": 13, "sampling": "popularity"},
+}
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory, tiny_model) -> Path:
+    """Data sets in shards/, vectors of their texts in store/ and of those with words dropped in dropped/."""
+    folder = tmp_path_factory.mktemp("sequences")
+    data = build_sequences(folder)
+    common = {"max_tokens": 32, "store_dtype": "float32"}
+    embed([f"{data}/train"], tiny_model, str(folder / "store"), **common)
+    embed([f"{data}/train"], tiny_model, str(folder / "dropped"), word_drop=0.4, **common)
+    return folder
+
+
+def tree_of(folder: Path, name: str, **model) -> dict:
+    tree = config_of(str(folder / "shards"), str(folder / "store"), **(MODELS[name] | model))
+    tree["run"]["root"] = str(folder / "runs")
+    if name == "in_batch":
+        tree["text"]["dropped_store"] = str(folder / "dropped")
+    return tree
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def runs(request, sequences) -> tuple[Path, Path]:
+    """One model on one rank; and on two, which stopped after a checkpoint and went on."""
+    (path := sequences / f"{request.param}.yaml").write_text(yaml.safe_dump(tree_of(sequences, request.param)))
+    found = [sequences / "runs" / f"{request.param}-{ranks}" for ranks in (1, 2)]
+    dist_rec("train", path, "--run.name", found[0].name)
+    two = ["--run.name", found[1].name, "--nproc-per-node", "2"]
+    dist_rec("train", path, *two, "--train.steps", "7")
+    said = dist_rec("train", path, *two)
+    assert "going on from step-00000007 bit for bit" in said
+    assert "1 of 30 items" in said and "have no text" in said
+    return tuple(found)
+
+
+def dist_rec(verb: str, *arguments) -> str:
+    done = run_command([sys.executable, "-m", "dist_rec", verb, *map(str, arguments)], SECONDS)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def losses(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["losses"] for line in lines if "losses" in line]
+
+
+def evaluation(run: Path, name: str = "evaluation") -> dict:
+    found = json.loads((run / f"{name}.json").read_text())
+    return {part: found[part] for part in ("overall", "domains")}
+
+
+def test_ranks_and_interruptions_change_nothing(runs):
+    one, two = map(losses, runs)
+    assert len(one) == len(two) == 10
+    # What is dropped from copies is drawn by each rank.
+    compared = ["sequence_item"] if "sequence_sequence" in one[0] else list(one[0])
+    steps = 1 if "sequence_sequence" in one[0] else len(one)
+    for key in compared:
+        assert [x[key] for x in two][:steps] == pytest.approx([x[key] for x in one][:steps], abs=1e-5), key
+    assert one[-1]["loss"] < one[0]["loss"]
+    found, wanted = evaluation(runs[1])["overall"]["next"], evaluation(runs[0])["overall"]["next"]
+    assert found["rows"] == wanted["rows"] == NUM_USERS and 0 < found["mrr"] < 1
+    if steps > 1:
+        assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_evaluate_says_what_training_said(runs):
+    before = evaluation(runs[1])
+    dist_rec("evaluate", runs[1], "--nproc-per-node", "1")
+    assert evaluation(runs[1])["overall"]["next"] == pytest.approx(before["overall"]["next"], abs=1e-9)
+    dist_rec("evaluate", runs[1], "--split", "valid", "--nproc-per-node", "2")
+    assert set(evaluation(runs[1], "evaluation-valid")["domains"]) == {"books", "films"}
+
+
+def test_tables_are_there_where_ids_are(runs):
+    tables = checkpoint.read_state(checkpoint.find(runs[1])).manifest.tables
+    if runs[1].name.startswith("in_batch"):
+        assert tables == {}
+    else:
+        rows = read_index(load_config(runs[1] / "config.yaml").data.train).schema.table_sizes()["item_id"]
+        assert {name: table.shape for name, table in tables.items()} == {"item_id": [rows, WIDTH]}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "fault"),
+    [
+        ("full", {"tables": {"dim": 8}}, "table item_id is 8 wide, .* set tables.dim, or .* to model.width 16"),
+        ("full", {"data": {"exclude_features": ["history"]}}, "reads the ids of a history, one feature, and none is"),
+        ("full", {"data": {"exclude_features": ["title"]}}, "reads the item's text, one feature, and none is there"),
+        ("in_batch", {"text": {"dropped_store": "store"}}, "text.dropped_store .* no words dropped"),
+        ("in_batch", {"text": {"store": "dropped"}}, "text.store .* has words dropped"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fault):
+    tree = tree_of(sequences, name)
+    for section, keys in changes.items():
+        tree[section] |= {key: str(sequences / v) if "store" in key else v for key, v in keys.items()}
+    with pytest.raises(UserError, match=fault):
+        prepare(from_dict(Config, tree, "mine"))
+
+
+def test_a_pretrained_run_is_finetuned_with_ids(runs):
+    """Tables that a run of texts alone did not have begin anew; everything dense is taken over."""
+    pretrained = runs[0]
+    if not pretrained.name.startswith("in_batch"):
+        pytest.skip("pretraining is in_batch")
+    data = pretrained.parent.parent / "shards"
+    keys = {"--model.item": "text+id", "--model.loss": "full", "--model.contrast.weight": "0", "--train.steps": "2"}
+    given = [word for pair in keys.items() for word in pair]
+    said = dist_rec("finetune", pretrained, "--data", data, "--name", "finetuned", *given)
+    assert f"starting from {pretrained}" in said
+    run = pretrained.parent / "finetuned"
+    config = load_config(run / "config.yaml")
+    assert config.data.catalogue == str(data / "catalogue") and config.model.item == "text+id"
+    manifest = checkpoint.read_state(checkpoint.find(run)).manifest
+    assert set(manifest.tables) == {"item_id"}
+    assert manifest.dense.keys() == checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
+    assert evaluation(run)["overall"]["next"]["rows"] == NUM_USERS
