@@ -13,7 +13,8 @@ unit vector v_c, an identity and a weight w_c:
 
 Positions are gathered over ranks, each rank adds up its own candidates, and the sums are reduced: no rank sees
 another's candidates. Cosines bound the logits by 1 / tau, which is subtracted; no maximum is needed. Scores exist in
-chunks of `CHUNK` and are computed again in backward, so memory does not grow with positions times candidates.
+chunks of `CHUNK` and, where there are more than `KEPT`, are computed again in backward: memory does not grow with
+positions times candidates.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from torch.nn import functional as F
 
 from .reduction import Reduction
 
-# Scores that exist at a time.
-CHUNK = 2**20
+# Scores that exist at a time: what suits the caches of one, and hides the launches of the other.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# Up to how many scores in all are kept for backward.
+KEPT = 2**24
+# Below it, exp(-2 / tau) is no normal number of single precision.
+LEAST_TEMPERATURE = 0.024
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
 TIE = 1e-6
 
@@ -101,7 +106,7 @@ def softmax_losses(
         identity: int64 `[P]`, y_p, not negative.
         sequence: int64 `[P]`, not negative, the number of p's sequence over all ranks.
         terms: as many on every rank.
-        temperature: tau.
+        temperature: tau, at least `LEAST_TEMPERATURE`.
         reduction: gathers positions and sums over ranks.
         official: keep every other occurrence of y_p in the denominator as exp(0) = 1, as the public code does, which
             sets those logits to 0 where it means to remove them.
@@ -129,7 +134,7 @@ def softmax_losses(
         others = totals[i, mine]
         if official:
             others = others + (weights[i, mine] - term.own).clamp_min(0) * math.exp(-1 / temperature)
-        # Where all others underflow, or there are none, the loss is 0 and so is its gradient.
+        # Where there are none the loss is 0, and so is its gradient.
         others = others.clamp_min(torch.finfo(others.dtype).tiny)
         found.append(-F.logsigmoid(positive - others.log()))
     return found
@@ -163,39 +168,44 @@ class _Partition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, temperature, count_same, *pairs):
-        ctx.save_for_backward(*pairs)
         ctx.temperature = temperature
-        pairs = _Pairs(*pairs)
-        weight = pairs.weight.to(pairs.states.dtype)
-        total, of_same = (pairs.states.new_zeros(len(pairs.states)) for _ in range(2))
-        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
-            scores, same = pairs.scores(rows, columns, temperature)
+        of = _Pairs(*pairs)
+        weight, size = of.weight.to(of.states.dtype), len(of.states)
+        total, of_same = (of.states.new_zeros(size) for _ in range(2))
+        kept = []
+        for rows, columns in _chunks(of.states, of.vectors):
+            scores, same = of.scores(rows, columns, temperature)
             total[rows] += scores @ weight[columns]
             if count_same:
                 of_same[rows] += same.to(weight.dtype) @ weight[columns]
+            if size * len(weight) <= KEPT:
+                kept.append(scores)
+        ctx.save_for_backward(*pairs, *kept)
         ctx.mark_non_differentiable(of_same)
         return total, of_same
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
-        pairs = _Pairs(*ctx.saved_tensors)
+        fields = len(_Pairs._fields)
+        pairs, kept = _Pairs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
         of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
         weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
-        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
-            scores = pairs.scores(rows, columns, ctx.temperature)[0]
-            scores.mul_(weight[columns]).mul_(gradient[rows, None])
+        for i, (rows, columns) in enumerate(_chunks(pairs.states, pairs.vectors)):
+            scores = kept[i] if kept else pairs.scores(rows, columns, ctx.temperature)[0]
+            scores = (scores * weight[columns]).mul_(gradient[rows, None])
             of_states[rows].addmm_(scores, pairs.vectors[columns])
             of_vectors[columns].addmm_(scores.t(), pairs.states[rows])
         return None, None, of_states, None, None, of_vectors, None, None, None
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and columns with at most `CHUNK` scores each."""
-    wide = max(min(columns, math.isqrt(CHUNK)), 1)
-    high = max(CHUNK // wide, 1)
-    for row in range(0, rows, high):
-        for column in range(0, columns, wide):
+def _chunks(states: Tensor, vectors: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of states and vectors with at most `CHUNK` scores each."""
+    most = CHUNK[states.device.type]
+    wide = max(min(len(vectors), math.isqrt(most)), 1)
+    high = max(most // wide, 1)
+    for row in range(0, len(states), high):
+        for column in range(0, len(vectors), wide):
             yield slice(row, row + high), slice(column, column + wide)
 
 
@@ -242,7 +252,7 @@ def target_ranks(
     # 2 * (higher) + ties
     behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
     columns = len(candidates.vectors)
-    high = max(CHUNK // max(columns, 1), 1)
+    high = max(CHUNK[states.device.type] // max(columns, 1), 1)
     for start in range(0, len(gathered) if columns else 0, high):
         rows = slice(start, start + high)
         difference = gathered[rows] @ candidates.vectors.t() - score[rows, None]
