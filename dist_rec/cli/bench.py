@@ -101,6 +101,24 @@ def bench_text(
     print_json(as_json, summary)
 
 
+@app.command("sequences")
+def bench_sequences(
+    users: Annotated[int, typer.Option(help="Sequences of an invented batch.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Turns that the two ways take.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the invented rows, the weights and the draws.")] = 0,
+    config: Annotated[
+        Path | None, typer.Option(help="Of a UniSRec run (item: text, loss: in_batch) to measure on its own rows.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Training rows a second of UniSRec's pretraining, against a padded prefix a row and the adaptor at every place."""
+    from ..bench.sequences import bench_sequences, print_summary
+
+    summary = bench_sequences(users, repeats, seed, config)
+    print_summary(summary)
+    print_json(as_json, summary)
+
+
 @app.command("checkpoint")
 def bench_checkpoint(
     users: Annotated[int, typer.Option(help="Rows of the large table, 260 bytes each.")] = 4_000_000,

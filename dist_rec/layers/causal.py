@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config.unisrec import SequenceEncoderConfig
+from .dropout import Dropout
 from .moves import place, take
 from .sequence import Events, pad_in_buckets
 from .whitening import INIT_STD
@@ -72,7 +73,7 @@ class CausalBlock(nn.Module):
         self.expand = nn.Linear(width, feedforward)
         self.contract = nn.Linear(feedforward, width)
         self.feedforward_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, slot: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         """One layer.
@@ -112,7 +113,7 @@ class CausalEncoder(nn.Module):
         super().__init__()
         self.positions = nn.Parameter(torch.empty(config.max_length, width))
         self.input_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         sizes = (width, config.heads, config.feedforward, config.dropout, config.attention_dropout)
         self.blocks = nn.ModuleList([CausalBlock(*sizes) for _ in range(config.layers)])
         nn.init.normal_(self.positions, std=INIT_STD)

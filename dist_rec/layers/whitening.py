@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dropout import Dropout
+
 # Standard deviation of every weight at the start, here and in the sequence encoder.
 INIT_STD = 0.02
 LEAST_DEVIATION = 0.01
@@ -40,7 +42,7 @@ class WhiteningMixture(nn.Module):
         self.gate = nn.Parameter(torch.zeros(inputs, experts))
         # Without noise it would never have a gradient, which ZeRO does not take.
         self.gate_noise = nn.Parameter(torch.zeros(inputs, experts)) if noise else None
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.normal_(self.weight, std=INIT_STD)
 
     def forward(self, x: Tensor) -> Tensor:
