@@ -307,6 +307,14 @@ def foundation(tmp_path_factory) -> tuple[Path, str]:
 
 
 @pytest.fixture(scope="session")
+def old(tmp_path_factory) -> Path:
+    """Two shops' data set, split by time, which others extend: the folder above its splits."""
+    from shops import build_old
+
+    return build_old(tmp_path_factory.mktemp("old"))
+
+
+@pytest.fixture(scope="session")
 def raw_folder() -> Path:
     """The folder of real raw data sets; tests that need it skip where it is missing."""
     folder = Path(os.environ.get("DIST_REC_RAW", ROOT.parent / "shared" / "data"))

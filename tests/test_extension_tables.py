@@ -88,6 +88,15 @@ def test_every_extension_has_a_table_of_its_own():
     assert old.items() <= shapes(SCHEMA).items()
 
 
+def test_a_size_without_room_for_new_ids_is_said_with_what_a_foundation_needs():
+    """Whatever it is raised to, a foundation's table has its own rows."""
+    said = refused(item_id={"size": 9})
+    assert "tables.overrides.item_id.size is 9, but the data's vocabulary has 31 ids" in said
+    assert "9 of them were there before" in said and "without this key, which gives them a table of their own" in said
+    roomy = shapes(SCHEMA, item_id={"size": 40})
+    assert roomy["item_id"] == (40, 8, ("history", "item_id")) and "item_id@1" not in roomy
+
+
 def test_an_extension_that_added_nothing_has_no_table():
     same = schema_of({"user_id": (7, [7]), "item_id": (20, [9, 20]), "tags": (4, [])})
     assert list(shapes(same)) == ["user_id", "item_id", "item_id@1", "tags"]

@@ -20,7 +20,7 @@ from dist_rec.finetune.derive import Pace, Wishes, derive
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
-from dist_rec.training.finetuning import empty_model, names_of, of_managed
+from dist_rec.training.finetuning import empty_model, of_managed
 from dist_rec.training.prepare import prepare
 from dist_rec.training.setup import build_model
 from dist_rec.training.start.domains import Texts as StoredTexts
@@ -51,8 +51,9 @@ def test_a_run_folder_keeps_its_schema_so_that_its_data_may_be_gone(foundation, 
 
 
 def test_stacked_parameters_are_found_by_what_one_more_domain_makes_longer(prepared):
-    own = own_parameters(lambda schema: empty_model(prepared, schema), prepared.schema)
-    shapes = shapes_of(empty_model(prepared, prepared.schema))
+    model = empty_model(prepared, prepared.schema)
+    own = own_parameters(model, prepared.schema, lambda schema: empty_model(prepared, schema))
+    shapes = shapes_of(model)
     assert {name.split(".layers.")[0] for name in own} == {
         "domains.weight",
         "adaptation.weight",
@@ -70,7 +71,7 @@ def test_stacked_parameters_are_found_by_what_one_more_domain_makes_longer(prepa
 
 @pytest.mark.parametrize(("starts", "expected"), [([None], "mean"), ([1], "middle")])
 def test_every_old_row_is_the_checkpoint_s_and_a_new_one_what_was_asked(prepared, starts, expected):
-    saved, names = prepared.foundation.saved, names_of(prepared)
+    saved, names = prepared.foundation.saved, prepared.names
     model, trained = build_model(prepared, Reduction()), {}
     for name, info in saved.manifest.dense.items():
         trained[name] = torch.empty(info.shape)

@@ -131,9 +131,7 @@ def test_adaptor_leaves_the_old_domains_as_they_were_to_the_bit(foundation, stag
         return
     before, after = tensors(run), tensors(new)
     config, _, _ = derive(run, data, Wishes(name="unmade", freeze="adaptor"), 1)
-    from dist_rec.training.finetuning import names_of
-
-    own = names_of(prepare(config)).own
+    own = prepare(config).names.own
     for weight, values in before.items():
         assert torch.equal(after[weight][: len(values)], values), weight
         assert (len(after[weight]) > len(values)) == (weight in own), weight

@@ -14,6 +14,7 @@ from ..text.onthefly import FrozenVectors, OnTheFly
 from ..text.store import VectorStore
 from .reading import retry_of
 from .start.foundation import Foundation
+from .start.freeze import Names
 from .start.origin import OldTest, Origin
 
 
@@ -23,9 +24,10 @@ class Prepared:
 
     `features` are those that this run reads; `indexes` has `train` and, as configured, `valid`
     and `test`, of which the run sees what `view` makes of them. Of a run that starts from another, `origin` is what it
-    keeps of that one, and `foundation` that one itself, as long as the run has no checkpoint of its own; `indexes` may
-    then have the test rows of that one and those before it too (`old_tests`), with the text vectors of each in
-    `old_stores`. `missing` makes the vectors that `store` lacks, where text.missing is encode.
+    keeps of that one, `foundation` that one itself, as long as the run has no checkpoint of its own, and `names` all
+    that may stay or train; `indexes` may then have the test rows of that one and those before it too (`old_tests`),
+    with the text vectors of each in `old_stores`. `missing` makes the vectors that `store` lacks, where text.missing is
+    encode.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Prepared:
     view: Callable[[Index], Index]
     origin: Origin | None
     foundation: Foundation | None
+    names: Names | None = None
     old_stores: dict[str, VectorStore] = field(default_factory=dict)
     missing: OnTheFly | None = None
 
