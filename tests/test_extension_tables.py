@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_SCHEMA, build_small, run_ranks
+from conftest import SMALL_SCHEMA, build_small, check_verdicts, run_ranks
 from extended import extend
 from machines import cpus
 
@@ -255,15 +255,9 @@ def words(kind: str, layouts: dict[str, str]) -> list[str]:
     return [f"{kind}:{name}:{layout}" for name, layout in layouts.items()]
 
 
-def check(done, count: int) -> None:
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
-    assert good, "\n".join(lines) + done.stderr[-3000:]
-
-
 def test_a_divided_run_is_that_of_one_table_on_any_plan(sets, tmp_path):
     """Vectors, losses and rows; and saved by two ranks, it goes on under other plans, on two ranks and on one."""
     for ranks, first in ((2, words("save", SAVED)), (1, [])):
         parity = [f"parity:{i}:{layout}" for i, layout in enumerate(PARITY[ranks])]
         jobs = [*first, *parity, *words("load", LOADED[ranks])]
-        check(run_ranks(ranks, [WORKER, *sets, str(tmp_path), *jobs], SECONDS), len(jobs))
+        check_verdicts(run_ranks(ranks, [WORKER, *sets, str(tmp_path), *jobs], SECONDS), len(jobs))

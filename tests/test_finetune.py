@@ -12,7 +12,7 @@ import torch
 from conftest import build_small
 from finetunes import dist_rec
 
-from dist_rec.config import Config
+from dist_rec.config import Config, load_config, save_config
 from dist_rec.data.extend import as_extended
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
@@ -22,6 +22,7 @@ from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.finetuning import empty_model, of_managed
 from dist_rec.training.prepare import prepare
+from dist_rec.training.resume import find_earlier
 from dist_rec.training.setup import build_model
 from dist_rec.training.start.domains import Texts as StoredTexts
 from dist_rec.training.start.domains import centroid, choose_starts, rule_faults
@@ -224,19 +225,20 @@ def test_a_finetuned_run_goes_on_and_is_evaluated_without_its_foundation(foundat
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout.splitlines()[-1])["domains"]["fresh"]["ctr"]
     assert found == pytest.approx(after["domains"]["fresh"]["ctr"], abs=1e-6)
-    changed = dist_rec("train", new / "config.yaml", "--finetune.freeze", "L0")
-    assert changed.returncode == 2 and "finetune.freeze" in changed.stderr
+    with pytest.raises(UserError, match="finetune.freeze"):
+        find_earlier(load_config(new / "config.yaml", {"finetune.freeze": "L0"}))
 
 
 def test_a_dry_run_says_what_the_command_would_of_a_run_that_is_there(foundation):
     """It would describe what that one began as, whatever is asked now."""
     run, data = foundation
     given = ["finetune", run, "--data", data, "--name", "there"]
-    done = dist_rec(*given, *SMALL, "--no-old")
-    assert done.returncode == 0, done.stderr
-    for asked in (["--domains", "bigg"], ["--freeze", "head"]):
-        again = dist_rec(*given, *SMALL, *asked, "--dry-run")
-        assert again.returncode == 2 and "holds a run that this config cannot go on with" in again.stderr
+    config, _, _ = derive(run, data, Wishes(name="there"), 1)
+    (config.run_folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    save_config(config, config.run_folder / "config.yaml")
+    again = dist_rec(*given, "--domains", "bigg", "--freeze", "head", "--dry-run")
+    assert again.returncode == 2 and "holds a run that this config cannot go on with" in again.stderr
+    assert "finetune.domains" in again.stderr and "finetune.freeze" in again.stderr
 
 
 def test_old_rows_are_read_under_the_new_schema(foundation):
