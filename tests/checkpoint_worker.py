@@ -24,7 +24,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from hybrids import make_hybrid
+from hybrids import do_jobs, make_hybrid
 from safetensors.torch import load_file, save_file
 from whole import full_optimizer_state, full_parameters
 
@@ -35,7 +35,6 @@ from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint import writer as writing
 from dist_rec.training.prepare import prepare
-from dist_rec.training.process import choose_device, process_group, quieten
 
 GATE = threading.Event()
 SEQUENCE_TYPES = ("row_wise", "table_wise", "column_wise")
@@ -302,23 +301,14 @@ def write_through_gate(*arguments):
 
 def main():
     data, folder, *jobs = sys.argv[1:]
-    quieten()
-    failed = False
-    first = config_of(data, jobs[0].split(":")[2])
-    device = choose_device(first)
-    with process_group(first, device) as process:
-        for job in jobs:
-            kind, name, layout, *more = job.split(":")
-            config = config_of(data, layout, *more)
-            with mock.patch.object(writing, "write_tensors", write_through_gate):
-                found = JOBS[kind](config, process, Path(folder), name)
-            everyone = [None] * process.world_size
-            dist.all_gather_object(everyone, found)
-            found = sorted({fault for some in everyone for fault in some})
-            failed |= bool(found)
-            if process.is_main:
-                print("FAIL" if found else "ok", job, f"{process.world_size} ranks", *found[:6], flush=True)
-    sys.exit(1 if failed else 0)
+
+    def do(job, process):
+        kind, name, layout, *more = job.split(":")
+        config = config_of(data, layout, *more)
+        with mock.patch.object(writing, "write_tensors", write_through_gate):
+            return JOBS[kind](config, process, Path(folder), name)
+
+    do_jobs(jobs, config_of(data, jobs[0].split(":")[2]), do)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,18 @@ def run_hosts(ranks: list[int], arguments: list[str], seconds: float) -> list[su
     ]
 
 
+def verdicts(done: subprocess.CompletedProcess) -> list[str]:
+    """What a worker of the tests says of its jobs, a line each."""
+    return [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
+
+
+def check_verdicts(done: subprocess.CompletedProcess, count: int) -> None:
+    """All of `count` jobs are in order, and so is the worker."""
+    lines = verdicts(done)
+    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
+    assert good, "\n".join(lines) + done.stderr[-3000:]
+
+
 def run_command(command: list[str], seconds: float, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a command with a time limit; none of its processes is left when it returns."""
     process = start(command, cwd)
@@ -304,6 +316,14 @@ def foundation(tmp_path_factory) -> tuple[Path, str]:
     from finetunes import make_foundation
 
     return make_foundation(tmp_path_factory.mktemp("foundation"))
+
+
+@pytest.fixture(scope="session")
+def old(tmp_path_factory) -> Path:
+    """Two shops' data set, split by time, which others extend: the folder above its splits."""
+    from shops import build_old
+
+    return build_old(tmp_path_factory.mktemp("old"))
 
 
 @pytest.fixture(scope="session")

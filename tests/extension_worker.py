@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from checkpoint_worker import train, whole
-from hybrids import make_hybrid
+from hybrids import do_jobs, make_hybrid
 from parity_worker import Reference, copy
 from safetensors.torch import load_file, save_file
 
@@ -30,7 +28,6 @@ from dist_rec.embeddings.tables import initial_rows
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.prepare import prepare
-from dist_rec.training.process import choose_device, process_group, quieten
 from dist_rec.training.setup import build_training_stream
 
 STEPS = 8
@@ -139,20 +136,12 @@ JOBS = {"parity": parity, "save": save, "load": load}
 
 def main():
     data, extended, folder, *jobs = sys.argv[1:]
-    quieten()
-    failed = False
-    first = config_of(data, jobs[0].split(":")[2])
-    with process_group(first, choose_device(first)) as process:
-        for job in jobs:
-            kind, name, layout = job.split(":")
-            found = JOBS[kind](data, extended, layout, process, Path(folder), name)
-            everyone = [None] * process.world_size
-            dist.all_gather_object(everyone, found)
-            found = sorted({fault for some in everyone for fault in some})
-            failed |= bool(found)
-            if process.is_main:
-                print("FAIL" if found else "ok", job, f"{process.world_size} ranks", *islice(found, 6), flush=True)
-    sys.exit(1 if failed else 0)
+
+    def do(job, process):
+        kind, name, layout = job.split(":")
+        return JOBS[kind](data, extended, layout, process, Path(folder), name)
+
+    do_jobs(jobs, config_of(data, jobs[0].split(":")[2]), do)
 
 
 if __name__ == "__main__":

@@ -17,28 +17,28 @@ SECONDS = 240
 FOUNDATION_ROWS = {"big": 330, "middle": 160, "tiny": 40}
 
 
-def fresh_table(rows: int, seed: int = 7) -> pa.Table:
-    """Rows of domain `fresh`: users that the foundation knows, and items of which half are new."""
-    table = small_table({"fresh": rows}, seed)
-    names = [name and ("n" + name if int(name[1:]) % 2 else name) for name in table["item_id"].to_pylist()]
+def fresh_table(rows: int, seed: int = 7, domain: str = "fresh") -> pa.Table:
+    """Rows of a new domain: users that the foundation knows, and items of which half are the domain's alone."""
+    table, mark = small_table({domain: rows}, seed), domain[0]
+    names = [name and (f"{mark}{name}" if int(name[1:]) % 2 else name) for name in table["item_id"].to_pylist()]
     return table.set_column(table.schema.get_field_index("item_id"), "item_id", pa.array(names))
 
 
-def build_fresh(folder: Path, extends: str, rows: int = 400) -> str:
+def build_fresh(folder: Path, extends: str, rows: int = 400, domain: str = "fresh") -> str:
     """The new domain's data, extending that at `extends`; returns the folder above its splits."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(fresh_table(rows), folder / "raw.parquet")
+    pq.write_table(fresh_table(rows, domain=domain), folder / "raw.parquet")
     build(
-        {**SMALL_SCHEMA, "domains": {"names": ["fresh"]}},
+        {**SMALL_SCHEMA, "domains": {"names": [domain]}},
         [str(folder / "raw.parquet")],
-        str(folder / "fresh"),
+        str(folder / domain),
         split=parse_split("random:2,1,1"),
         block_rows=32,
         shard_rows=64,
         workers=1,
         extends=extends,
     )
-    return str(folder / "fresh")
+    return str(folder / domain)
 
 
 def foundation_config(folder: Path, data: str) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from checkpoint_worker import whole
-from hybrids import make_hybrid
+from hybrids import do_jobs, make_hybrid
 from parity_worker import Reference
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -39,7 +38,6 @@ from dist_rec.plan.measure import _bytes_of_ranks
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.prepare import prepare
-from dist_rec.training.process import choose_device, process_group, quieten
 
 FACTORS = [1.0, 0.5, 0.25, 0.25, 0.25, 0.25]
 
@@ -278,20 +276,12 @@ JOBS = {"still": still, "save": save, "load": load, "some": some}
 
 def main():
     data, folder, *jobs = sys.argv[1:]
-    quieten()
-    failed = False
-    first = config_of(data, jobs[0].split(":")[2])
-    with process_group(first, choose_device(first)) as process:
-        for job in jobs:
-            kind, name, layout = job.split(":")
-            found = JOBS[kind](data, layout, process, Path(folder), name)
-            everyone = [None] * process.world_size
-            dist.all_gather_object(everyone, found)
-            found = sorted({fault for some in everyone for fault in some})
-            failed |= bool(found)
-            if process.is_main:
-                print("FAIL" if found else "ok", job, f"{process.world_size} ranks", *islice(found, 8), flush=True)
-    sys.exit(1 if failed else 0)
+
+    def do(job, process):
+        kind, name, layout = job.split(":")
+        return JOBS[kind](data, layout, process, Path(folder), name)
+
+    do_jobs(jobs, config_of(data, jobs[0].split(":")[2]), do)
 
 
 if __name__ == "__main__":

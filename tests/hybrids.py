@@ -1,10 +1,19 @@
-"""The parts of a training run as the workers of the tests put them together."""
+"""The parts of a training run as the workers of the tests put them together, and how they do their jobs."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from dist_rec.config import Config
 from dist_rec.embeddings.description import describe_plan
 from dist_rec.training.hybrid import Hybrid
+from dist_rec.training.process import Process, choose_device, process_group, quieten
 from dist_rec.training.setup import build_engine, build_tables, build_training_stream
+
+MOST_SHOWN = 8
 
 
 def make_hybrid(prepared, process, planned=None):
@@ -13,3 +22,26 @@ def make_hybrid(prepared, process, planned=None):
     tables, sharded, plan = build_tables(prepared, process, planned)
     engine = build_engine(prepared, process, stream.batch_rows)
     return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0), describe_plan(plan)
+
+
+def do_jobs(jobs: list[str], first: Config, do: Callable[[str, Process], list[str]]) -> None:
+    """One rank's jobs, one after another, and their verdicts as `conftest.check_verdicts` reads them. Ends the process.
+
+    Args:
+        jobs: words of the command line.
+        first: a config by which the ranks meet.
+        do: does one job; returns what is wrong, as this rank sees it.
+    """
+    quieten()
+    failed = False
+    with process_group(first, choose_device(first)) as process:
+        for job in jobs:
+            found = do(job, process)
+            everyone = [None] * process.world_size
+            dist.all_gather_object(everyone, found)
+            found = sorted({fault for some in everyone for fault in some})
+            failed |= bool(found)
+            if process.is_main:
+                said = "FAIL" if found else "ok"
+                print(said, job, f"{process.world_size} ranks", *found[:MOST_SHOWN], flush=True)
+    sys.exit(1 if failed else 0)

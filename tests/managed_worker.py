@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import islice
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hybrids import make_hybrid
+from hybrids import do_jobs, make_hybrid
 from safetensors.torch import load_file, save_file
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -42,7 +41,6 @@ from dist_rec.training.checkpoint import managed as managed_checkpoint
 from dist_rec.training.checkpoint.tables import local_shards
 from dist_rec.training.engine import parameter_groups
 from dist_rec.training.prepare import prepare
-from dist_rec.training.process import choose_device, process_group, quieten
 from dist_rec.training.setup import build_model, build_training_stream
 
 # Rows for every id on every rank; and for a few. No number divides evenly among 2 or 3 ranks.
@@ -334,22 +332,14 @@ JOBS = {"parity": parity, "save": save, "load": load, "faults": faults}
 
 def main():
     data, folder, *jobs = sys.argv[1:]
-    quieten()
-    failed = False
-    first = config_of(data, jobs[0].split(":")[2], TIGHT, INTERVAL)
-    with process_group(first, choose_device(first)) as process:
-        for job in jobs:
-            kind, name, layout = job.split(":")
-            tables, interval = (ROOMY, 1) if kind == "parity" else (TIGHT, INTERVAL)
-            config = config_of(data, layout, tables, interval)
-            found = JOBS[kind](config, process, Path(folder), name, layout, data)
-            everyone = [None] * process.world_size
-            dist.all_gather_object(everyone, found)
-            found = sorted({fault for some in everyone for fault in some})
-            failed |= bool(found)
-            if process.is_main:
-                print("FAIL" if found else "ok", job, f"{process.world_size} ranks", *islice(found, 6), flush=True)
-    sys.exit(1 if failed else 0)
+
+    def do(job, process):
+        kind, name, layout = job.split(":")
+        tables, interval = (ROOMY, 1) if kind == "parity" else (TIGHT, INTERVAL)
+        config = config_of(data, layout, tables, interval)
+        return JOBS[kind](config, process, Path(folder), name, layout, data)
+
+    do_jobs(jobs, config_of(data, jobs[0].split(":")[2], TIGHT, INTERVAL), do)
 
 
 if __name__ == "__main__":

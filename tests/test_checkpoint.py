@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_small, kill_family, run_hosts, run_ranks, start
+from conftest import build_small, check_verdicts, kill_family, run_hosts, run_ranks, start, verdicts
 from safetensors.torch import load_file
 
 from dist_rec.cli import main
@@ -79,16 +79,6 @@ def jobs(kind: str, layouts: dict[str, str], model: str) -> list[str]:
     return found
 
 
-def check(done, count: int) -> None:
-    lines = verdicts(done)
-    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
-    assert good, "\n".join(lines) + done.stderr[-3000:]
-
-
-def verdicts(done) -> list[str]:
-    return [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_model) -> str:
     return build_small(tmp_path_factory.mktemp("data"), tokenizer=tiny_model)
@@ -119,19 +109,19 @@ def by_hosts(saved, data, tiny_model):
 def test_the_same_layout_goes_on_bit_by_bit(by_two):
     """Weights, every optimizer state, and the losses of the next steps; other layouts of the same ranks, too. And what
     another precision cannot hold is refused."""
-    check(by_two[1], 2 * len(SAVED) + len(LOADED[2]) + 1)
+    check_verdicts(by_two[1], 2 * len(SAVED) + len(LOADED[2]) + 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_any_plan_to_any_plan(saved, by_hosts, data, tiny_model, ranks):
     """Other shardings, ZeRO stages, precisions and numbers of ranks; the next losses are close, too."""
     words = jobs("load", LOADED[ranks], tiny_model)
-    check(run_ranks(ranks, [WORKER, data, str(saved), *words], SECONDS), len(words))
+    check_verdicts(run_ranks(ranks, [WORKER, data, str(saved), *words], SECONDS), len(words))
 
 
 def test_any_plan_to_any_plan_of_hosts(by_hosts):
     """Two hosts of two ranks, where grids cut columns, too: from one host, and among them."""
-    check(by_hosts, len(FROM_ONE_HOST) + 2 * len(BY_HOSTS))
+    check_verdicts(by_hosts, len(FROM_ONE_HOST) + 2 * len(BY_HOSTS))
 
 
 @pytest.mark.long
@@ -153,12 +143,12 @@ def test_any_plan_to_any_plan_all_of_them(tmp_path, data, by, ranks):
     types += ["row_wise@fp16", "grid_shard@fp16"]
     for optimizer in ("rowwise_adagrad", "adagrad"):
         before = {f"{t}-{optimizer}": f"{t}/{optimizer}/{i % 4}/fp32/adamw" for i, t in enumerate(types)}
-        check(run_ranks(by, [WORKER, data, str(tmp_path), *jobs("save", before, "")], 900), len(before))
+        check_verdicts(run_ranks(by, [WORKER, data, str(tmp_path), *jobs("save", before, "")], 900), len(before))
         words = []
         for i, name in enumerate(before):
             for j, t in enumerate(types):
                 words += jobs("load", {name: f"{t}/{optimizer}/{(i + j) % 4}/fp32/adamw"}, "")
-        check(run_ranks(ranks, [WORKER, data, str(tmp_path), *words], 900), len(words))
+        check_verdicts(run_ranks(ranks, [WORKER, data, str(tmp_path), *words], 900), len(words))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +181,7 @@ def test_a_failed_write_is_said_and_training_goes_on(killed, data):
     """
     words = [f"again:run:{SAVED['rows']}", f"faults:faults:{SAVED['rows']}"]
     done = run_ranks(2, [WORKER, data, str(killed.parent), *words], SECONDS)
-    check(done, 2)
+    check_verdicts(done, 2)
     assert [path.name for path in killed.iterdir() if path.name.startswith(".")] == []
     said = [line for line in done.stderr.splitlines() if line.startswith("dist-rec: ")]
     for step, last, why in (

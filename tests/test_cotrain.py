@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import build_small, run_command, run_ranks
+from conftest import build_small, check_verdicts, run_command, run_ranks
 from language_models import make_language_model
 from torch import Tensor
 
@@ -250,22 +250,16 @@ def test_bf16_keeps_the_frequencies_of_positions(models):
     assert found.dtype == torch.float32 and found.isfinite().all()
 
 
-def verdicts(done, count: int) -> None:
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
-    assert good, "\n".join(lines) + done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("family,checkpointing", [("bert", "false"), ("mpnet", "true"), ("llama", "true")])
 def test_ranks_of_any_zero_stage_equal_one_process(models, family, checkpointing):
     """Ranks with another number of texts each, one with none in one step; and bf16 trains."""
     options = ["full,lora", "1,2,3", f"checkpointing={checkpointing}"]
-    verdicts(run_ranks(2, ["tests/cotrain_worker.py", models[family], *options], 400), 18)
+    check_verdicts(run_ranks(2, ["tests/cotrain_worker.py", models[family], *options], 400), 18)
 
 
 def test_frozen_layers_under_every_zero_stage(models):
     options = ["full,lora", "0,1,3", "checkpointing=true", "freeze_layers=1"]
-    verdicts(run_ranks(3, ["tests/cotrain_worker.py", models["llama"], *options], 400), 16)
+    check_verdicts(run_ranks(3, ["tests/cotrain_worker.py", models["llama"], *options], 400), 16)
 
 
 SAVED = {"lora+0": 1, "lora+1": 3, "full+1": 2}
@@ -283,9 +277,9 @@ def test_checkpoints_of_any_ranks_and_zero_stage(tmp_path, models):
             yield f"{kind}:{how.replace('+', '')}:{layout}:{how}@{models['bert']}"
 
     words = [*jobs("save", SAVED), *jobs("load", SAVED), *jobs("load", LOADED[2])]
-    verdicts(run_ranks(2, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
+    check_verdicts(run_ranks(2, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
     words = list(jobs("load", LOADED[1]))
-    verdicts(run_ranks(1, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
+    check_verdicts(run_ranks(1, ["tests/checkpoint_worker.py", data, str(folder), *words], 400), len(words))
 
 
 class Saved:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+import time
 
 import pytest
-from finetunes import dist_rec
+from conftest import kill_family, start
+from finetunes import SECONDS, dist_rec
 
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
@@ -72,7 +76,9 @@ def test_a_single_domain_is_read_as_a_data_set_of_its_own(foundation):
 def test_a_curve_grows_point_by_point_and_repeats_none(foundation, tmp_path):
     run, data = foundation
     out = tmp_path / "curve"
-    few = ["--train.device", "cpu", "--train.epochs", "1", "--out", out, "--json", "--seeds", "1"]
+    keys = {"train.device": "cpu", "train.epochs": "1"}
+    few = [*(word for key, value in keys.items() for word in (f"--{key}", value)), "--out", out, "--json"]
+    few += ["--seeds", "1"]
     first = dist_rec("finetune", run, "--data", data, "--curve", "0,32,99999", "--freeze", "adaptor", *few)
     assert first.returncode == 0, first.stderr
     assert "left out 99,999, for there are" in first.stderr and "4/4" in first.stdout
@@ -82,10 +88,10 @@ def test_a_curve_grows_point_by_point_and_repeats_none(foundation, tmp_path):
     assert kinds == {(0, "finetuned", "adaptor"), (32, "finetuned", "adaptor"), *both}
     assert all(e["auc"] is None or 0 <= e["auc"] <= 1 for e in held) and (out / "curve.png").is_file()
     assert not [*out.glob("runs/*"), *out.glob("samples/*")]
-    # One point is lost, another preset is asked for; two ranks do what is missing, and only that.
+    # One point is lost, another preset is asked for: what is missing is done, and only that.
     again = ["finetune", run, "--data", data, "--curve", "0,32", "--freeze", "adaptor", "--freeze", "none", *few]
-    other = dist_rec(*again, "--nproc-per-node", "2")
-    assert other.returncode == 2 and "(ranks differ)" in other.stderr
+    with pytest.raises(UserError, match=r"\(ranks differ\)"):
+        draw_curve(run, data, Wishes(freeze="adaptor", keys=keys), ["adaptor"], [0, 32], 1, out, 2)
     (out / "curve.json").write_text(json.dumps([e for e in held if e["kind"] != "single"]))
     done = dist_rec(*again)
     assert done.returncode == 0 and "3/3" in done.stdout, done.stdout + done.stderr
@@ -93,6 +99,35 @@ def test_a_curve_grows_point_by_point_and_repeats_none(foundation, tmp_path):
     assert len(grown) == len(held) + 2 * 2
     single = [[e for e in one if e["kind"] == "single"] for one in (held, grown)]
     assert [{**e, "seconds": 0} for e in single[0]] == [{**e, "seconds": 0} for e in single[1]]
+
+
+def test_a_curve_told_to_end_goes_on_and_loses_no_point(foundation, tmp_path):
+    """What it was at, the next command begins anew, and leaves nothing of it lying about."""
+    run, data = foundation
+    out = tmp_path / "curve"
+    asked = ["finetune", run, "--data", data, "--curve", "16,32", "--freeze", "adaptor", "--seeds", "1", "--out", out]
+    asked += ["--train.device", "cpu", "--train.epochs", "2"]
+    job = start([sys.executable, "-m", "dist_rec", *map(str, asked)])
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not (out / "curve.json").exists():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        _, err = job.communicate(timeout=60)
+    finally:
+        kill_family(job)
+    # Wherever it was struck, and also in the middle of drawing a sample.
+    (out / "samples" / ".32-0.partial-1").mkdir(parents=True, exist_ok=True)
+    held = json.loads((out / "curve.json").read_text())
+    points = {(e["n"], e["kind"]) for e in held}
+    assert job.returncode in (143, -signal.SIGTERM) and 1 <= len(points) < 6 and "Traceback" not in err, err
+    done = dist_rec(*asked)
+    assert done.returncode == 0 and f"{6 - len(points)}/{6 - len(points)}" in done.stdout, done.stdout + done.stderr
+    grown = json.loads((out / "curve.json").read_text())
+    assert grown[: len(held)] == held
+    assert len({(e["n"], e["kind"], e["task"]) for e in grown}) == len(grown) == 6 * 2
+    assert not [*out.glob("runs/*"), *out.glob("samples/*")] and (out / "curve.png").is_file()
 
 
 @pytest.mark.parametrize("key", ["finetune.freeze", "data.train", "data.test", "data.domains"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_ranks
-from test_text import TITLES, write_data_set
+from titles import TITLES, write_data_set
 
 from dist_rec.errors import UserError
 from dist_rec.text import embed as embed_module

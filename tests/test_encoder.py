@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_text import TITLES, keys_of, padded, token_ids, write_data_set
+from titles import TITLES, keys_of, padded, token_ids, write_data_set
 
 from dist_rec.errors import UserError
 from dist_rec.text import paths

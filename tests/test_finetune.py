@@ -12,7 +12,7 @@ import torch
 from conftest import build_small
 from finetunes import dist_rec
 
-from dist_rec.config import Config
+from dist_rec.config import Config, load_config, save_config
 from dist_rec.data.extend import as_extended
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
@@ -20,8 +20,9 @@ from dist_rec.finetune.derive import Pace, Wishes, derive
 from dist_rec.layers.reduction import Reduction
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
-from dist_rec.training.finetuning import empty_model, names_of, of_managed
+from dist_rec.training.finetuning import empty_model, of_managed
 from dist_rec.training.prepare import prepare
+from dist_rec.training.resume import find_earlier
 from dist_rec.training.setup import build_model
 from dist_rec.training.start.domains import Texts as StoredTexts
 from dist_rec.training.start.domains import centroid, choose_starts, rule_faults
@@ -51,8 +52,9 @@ def test_a_run_folder_keeps_its_schema_so_that_its_data_may_be_gone(foundation, 
 
 
 def test_stacked_parameters_are_found_by_what_one_more_domain_makes_longer(prepared):
-    own = own_parameters(lambda schema: empty_model(prepared, schema), prepared.schema)
-    shapes = shapes_of(empty_model(prepared, prepared.schema))
+    model = empty_model(prepared, prepared.schema)
+    own = own_parameters(model, prepared.schema, lambda schema: empty_model(prepared, schema))
+    shapes = shapes_of(model)
     assert {name.split(".layers.")[0] for name in own} == {
         "domains.weight",
         "adaptation.weight",
@@ -70,7 +72,7 @@ def test_stacked_parameters_are_found_by_what_one_more_domain_makes_longer(prepa
 
 @pytest.mark.parametrize(("starts", "expected"), [([None], "mean"), ([1], "middle")])
 def test_every_old_row_is_the_checkpoint_s_and_a_new_one_what_was_asked(prepared, starts, expected):
-    saved, names = prepared.foundation.saved, names_of(prepared)
+    saved, names = prepared.foundation.saved, prepared.names
     model, trained = build_model(prepared, Reduction()), {}
     for name, info in saved.manifest.dense.items():
         trained[name] = torch.empty(info.shape)
@@ -223,19 +225,20 @@ def test_a_finetuned_run_goes_on_and_is_evaluated_without_its_foundation(foundat
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout.splitlines()[-1])["domains"]["fresh"]["ctr"]
     assert found == pytest.approx(after["domains"]["fresh"]["ctr"], abs=1e-6)
-    changed = dist_rec("train", new / "config.yaml", "--finetune.freeze", "L0")
-    assert changed.returncode == 2 and "finetune.freeze" in changed.stderr
+    with pytest.raises(UserError, match="finetune.freeze"):
+        find_earlier(load_config(new / "config.yaml", {"finetune.freeze": "L0"}))
 
 
 def test_a_dry_run_says_what_the_command_would_of_a_run_that_is_there(foundation):
     """It would describe what that one began as, whatever is asked now."""
     run, data = foundation
     given = ["finetune", run, "--data", data, "--name", "there"]
-    done = dist_rec(*given, *SMALL, "--no-old")
-    assert done.returncode == 0, done.stderr
-    for asked in (["--domains", "bigg"], ["--freeze", "head"]):
-        again = dist_rec(*given, *SMALL, *asked, "--dry-run")
-        assert again.returncode == 2 and "holds a run that this config cannot go on with" in again.stderr
+    config, _, _ = derive(run, data, Wishes(name="there"), 1)
+    (config.run_folder / "checkpoints" / "step-00000004").mkdir(parents=True)
+    save_config(config, config.run_folder / "config.yaml")
+    again = dist_rec(*given, "--domains", "bigg", "--freeze", "head", "--dry-run")
+    assert again.returncode == 2 and "holds a run that this config cannot go on with" in again.stderr
+    assert "finetune.domains" in again.stderr and "finetune.freeze" in again.stderr
 
 
 def test_old_rows_are_read_under_the_new_schema(foundation):

@@ -6,7 +6,10 @@ import json
 
 import pytest
 import torch
-from finetunes import dist_rec
+import yaml
+from conftest import build_small
+from finetunes import build_fresh, dist_rec, foundation_config
+from language_models import make_language_model
 from safetensors.torch import load_file
 
 from dist_rec.config import FinetuneConfig
@@ -131,14 +134,46 @@ def test_adaptor_leaves_the_old_domains_as_they_were_to_the_bit(foundation, stag
         return
     before, after = tensors(run), tensors(new)
     config, _, _ = derive(run, data, Wishes(name="unmade", freeze="adaptor"), 1)
-    from dist_rec.training.finetuning import names_of
-
-    own = names_of(prepare(config)).own
+    own = prepare(config).names.own
     for weight, values in before.items():
         assert torch.equal(after[weight][: len(values)], values), weight
         assert (len(after[weight]) > len(values)) == (weight in own), weight
     moved = [n for n in own if not torch.equal(after[n][len(before[n]) :], _mean_row(before[n], 3))]
     assert {"adaptation.weight", "body.towers.layers.0.weight", "domains.weight"} <= set(moved)
+
+
+def test_a_decoder_that_was_trained_whole_is_adapted_and_stays(tmp_path):
+    """`lora` trains the adapters that it gets and the domains' own parameters; its weights and the tables keep every
+    bit."""
+    model = make_language_model("llama", tmp_path / "llama")
+    base = build_small(tmp_path / "base", {"big": 96, "middle": 48, "tiny": 8}, tokenizer=model, split="random:2,0,1")
+    fresh = build_fresh(tmp_path / "new", base, 96)
+    config = foundation_config(tmp_path, base) | {"text": {"mode": "full", "model": model, "learning_rate": 0.01}}
+    config["data"].pop("valid")
+    config["train"] |= {"steps": 2}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(config))
+    done = dist_rec("train", tmp_path / "base.yaml")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "base"
+    keys = ["--text.mode", "lora", "--train.steps", "2", "--train.epochs", "1", "--no-old"]
+    done = dist_rec("finetune", run, "--data", fresh, "--name", "new", "--freeze", "lora", *keys)
+    assert done.returncode == 0, done.stderr
+    before, after = tensors(run), tensors(run.parent / "new")
+    own = names_of_domains(before, after)
+    adapters = {name: after.pop(name) for name in list(after) if ".lora_" in name}
+    after = {name.replace(".base_layer.", "."): values for name, values in after.items()}
+    assert len(adapters) == 2 * 2 * 7 and all(v.any() for n, v in adapters.items() if "lora_B" in n)
+    text = [name for name in before if name.startswith("text_encoder.")]
+    assert len(text) > 10
+    for name in {*text, "user.join.weight", "item_id", "user_id"} & before.keys():
+        assert torch.equal(after[name], before[name]), name
+    moved = [name for name in own if not torch.equal(after[name][len(before[name]) :], _mean_row(before[name], 3))]
+    assert {"adaptation.weight", "body.towers.layers.0.weight"} <= set(moved)
+
+
+def names_of_domains(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[str]:
+    """The parameters that have become longer."""
+    return [name for name, values in before.items() if name in after and len(after[name]) > len(values)]
 
 
 def _mean_row(flat: torch.Tensor, domains: int) -> torch.Tensor:

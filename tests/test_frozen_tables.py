@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import yaml
-from conftest import build_small, run_ranks
+from conftest import build_small, check_verdicts, run_ranks
 from machines import cpus, gpus
 
 from dist_rec.config import Config
@@ -53,12 +53,6 @@ LOADED = {
 PARTLY = "rowwise_adagrad/table_wise+tags=dim~8/tags"
 
 
-def check(done, count: int) -> None:
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
-    assert good, "\n".join(lines) + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     return build_small(tmp_path_factory.mktemp("data"))
@@ -77,13 +71,13 @@ def by_two(data, tmp_path_factory):
 def test_frozen_tables_stand_still_on_two_ranks(by_two):
     """In every bit, ids included, beside tables that train as ever, and nothing of theirs runs or goes back. Saved,
     they go on exactly, or train, or freeze."""
-    check(by_two[1], by_two[2])
+    check_verdicts(by_two[1], by_two[2])
 
 
 def test_frozen_tables_stand_still_on_one_rank(by_two, data):
     jobs = [f"still:{i}:{layout}" for i, layout in enumerate(STILL[1])]
     jobs += [f"load:{name}:{layout}" for name, layouts in LOADED[1].items() for layout in layouts]
-    check(run_ranks(1, [WORKER, data, str(by_two[0]), *jobs], SECONDS), len(jobs))
+    check_verdicts(run_ranks(1, [WORKER, data, str(by_two[0]), *jobs], SECONDS), len(jobs))
 
 
 def test_a_checkpoint_tells_which_tables_were_frozen(by_two):

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import SMALL_SCHEMA, build_small, run_command, run_ranks, small_table
+from conftest import SMALL_SCHEMA, build_small, check_verdicts, run_command, run_ranks, small_table
 from safetensors.torch import load_file
 from test_vocabulary import RAW, hashed
 from torchrec.sparse.jagged_tensor import JaggedTensor
@@ -214,12 +214,6 @@ def parity(ranks: int) -> list[str]:
     return [f"parity:{i}:{layout}" for i, layout in enumerate(PARITY[ranks])]
 
 
-def check(done, count: int) -> None:
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    good = done.returncode == 0 and len(lines) == count and all(line.startswith("ok") for line in lines)
-    assert good, "\n".join(lines) + done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     return build_small(tmp_path_factory.mktemp("data"))
@@ -236,14 +230,14 @@ def by_two(tmp_path_factory, data):
 def test_a_managed_run_is_that_of_plain_tables_and_goes_on_exactly(by_two):
     """Rows for all: plain tables' losses and vectors, features sharing a table under row-wise Adagrad included. Few
     rows, saved between two looks: the same bits after loading, then the same losses; evaluation changes nothing."""
-    check(by_two[1], by_two[2])
+    check_verdicts(by_two[1], by_two[2])
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_ids_keep_what_they_have_on_other_ranks(by_two, data, ranks):
     """Vectors, states, numbers and what waits go by value, the coldest are dropped in words, unseen ids find rows."""
     jobs = [*words("load", SAVED), *words("faults", {"recent": SAVED["recent"]}), *parity(ranks)]
-    check(run_ranks(ranks, [WORKER, data, str(by_two[0]), *jobs], SECONDS), len(jobs))
+    check_verdicts(run_ranks(ranks, [WORKER, data, str(by_two[0]), *jobs], SECONDS), len(jobs))
 
 
 def raw_file(path: Path, prefix: str, rows: int) -> str:

@@ -149,7 +149,7 @@ def test_checkpoints_without_their_config_are_never_written_over(tmp_path):
 
 def test_never_resuming_does_not_stop_the_agent_s_own_restart(tmp_path, monkeypatch):
     config = config_of(run={"root": str(tmp_path), "name": "run"}, train={"resume": "never"})
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
     save_config(config, tmp_path / "run" / "config.yaml")
     assert load_config(tmp_path / "run" / "config.yaml") == config
     with pytest.raises(UserError, match="holds a run already"):

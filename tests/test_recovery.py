@@ -283,6 +283,9 @@ def test_a_config_that_makes_it_another_run_is_refused_with_every_key(small, tmp
     assert find_earlier(load_config(config)) is None
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(config.read_text())
+    # What failed before its first checkpoint is in nobody's way.
+    assert find_earlier(load_config(config, {"run.seed": "3", "train.resume": "never"})) is None
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert find_earlier(load_config(config)) == run
     allowed = {"train.epochs": "9", "tables.sharding": "row_wise", "dense.zero_stage": "2", "data.train": "moved"}
     assert find_earlier(load_config(config, allowed)) == run

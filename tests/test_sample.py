@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import build_small, run_command, run_ranks
 from http_server import serve
-from test_extend import OLD, SHOP, extend, old, old_rows, shop_rows  # noqa: F401 (old is a fixture)
+from shops import OLD, SHOP, extend, old_rows, shop_rows
 from toy_shards import TOKENIZER, digests, read, write
 
 from dist_rec.data.append import append

@@ -252,7 +252,7 @@ def test_another_vocabulary_is_another_run(tmp_path, raw_set):
         return load_config(path)
 
     before = written({"user_id": {"hash": 11}})
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text((tmp_path / "c.yaml").read_text())
     assert find_earlier(before) == tmp_path / "run"
     assert find_earlier(written({"user_id": {"hash": 11, "sharding": "row_wise"}})) == tmp_path / "run"

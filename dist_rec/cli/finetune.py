@@ -30,7 +30,7 @@ def finetune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would train and what would stay.")] = False,
     old: Annotated[
-        bool, typer.Option("--old/--no-old", help="Evaluate the foundation's own test rows before and after.")
+        bool, typer.Option("--old/--no-old", help="Evaluate the earlier runs' test rows before and after.")
     ] = True,
     curve: Annotated[
         str | None, typer.Option(help="Numbers of rows, as 0,64,256,all: train each, compare, and draw.")

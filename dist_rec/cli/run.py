@@ -22,6 +22,9 @@ def embed(
     dtype: Annotated[str, typer.Option(help="Precision of the model: fp32, bf16 or fp16.")] = "fp32",
     store_dtype: Annotated[str, typer.Option(help="Precision of the store: float16 or float32.")] = "float16",
     pooling: Annotated[str, typer.Option(help="How tokens become a text: auto, mean, cls or last.")] = "auto",
+    max_tokens: Annotated[
+        int, typer.Option(help="Where texts without token ids are cut; 0 is as the store has them, or 128.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     overwrite: Annotated[bool, typer.Option(help="Start the store anew.")] = False,
     word_drop: Annotated[
@@ -47,6 +50,7 @@ def embed(
         store_dtype=store_dtype,
         pooling=pooling,
         device=device,
+        max_tokens=max_tokens or None,
         overwrite=overwrite,
         word_drop=word_drop,
         drop_seed=drop_seed,

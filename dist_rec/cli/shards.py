@@ -34,6 +34,10 @@ def shards_build(
     extends: Annotated[
         str, typer.Option(help="Data set to add domains to: its schema, vocabularies, tokenizer and prefixes are kept.")
     ] = "",
+    history_from: Annotated[
+        list[str] | None,
+        typer.Option(help="With --extends: glob of earlier tables, whose rows only feed histories; repeatable."),
+    ] = None,
     block_rows: Annotated[int, typer.Option(help="Rows of a block (a tar member).")] = 8192,
     shard_rows: Annotated[int, typer.Option(help="Rows of a shard (a tar).")] = 262144,
     workers: Annotated[int, typer.Option(help="Processes; 0 is all cores.")] = 0,
@@ -62,6 +66,7 @@ def shards_build(
         prefixes=_prefixes(prefix),
         vocabulary=vocabulary or None,
         extends=extends or None,
+        history_from=history_from or [],
         block_rows=block_rows,
         shard_rows=shard_rows,
         workers=workers or None,

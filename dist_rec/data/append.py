@@ -31,7 +31,7 @@ from .casts import literal
 from .extend import carried
 from .home import home_of, token_file_of
 from .index import INDEX_NAME, Index, read_index, write_index
-from .sources import Join, files_of
+from .sources import Join
 from .steps import DEFAULT_BLOCK_ROWS, DEFAULT_SHARD_ROWS, TEXTS_NAME, VOCABULARY_NAME, Input
 from .writer import DatasetWriter
 
@@ -86,7 +86,13 @@ def append(
         block_rows = block_rows or default_block_rows
         shard_rows = shard_rows or max(default_shard_rows, block_rows)
         workers = steps.check_sizes(block_rows, shard_rows, workers)
-        _check_histories(carried(schema, index.extension), sources, history_from)
+        own = carried(schema, index.extension)
+        steps.check_past(own, sources, history_from)
+        if (events := [n for n, f in own.features.items() if f.events is not None]) and not history_from:
+            log.warning(
+                f"histories of the appended rows ({', '.join(events)}) begin empty: they see the appended rows alone. "
+                "Name the earlier tables with --history-from."
+            )
         token_file = token_file_of(index.tokenizer, tokenizer, root)
         staging = folder / STAGING_NAME
         shutil.rmtree(staging, ignore_errors=True)
@@ -155,21 +161,6 @@ def _sizes(index: Index) -> tuple[int, int]:
     shards = [shard.rows for shard in first if domains.count(shard.domain) > 1]
     block_rows = max(blocks) if blocks else DEFAULT_BLOCK_ROWS
     return block_rows, max(shards) if shards else DEFAULT_SHARD_ROWS
-
-
-def _check_histories(schema: Schema, sources: list[str], history_from: list[str] | tuple[str, ...]) -> None:
-    events = [name for name, feature in schema.features.items() if feature.events is not None]
-    if events and not history_from:
-        log.warning(
-            f"histories of the appended rows ({', '.join(events)}) begin empty: they see the appended rows alone. Name "
-            "the earlier tables with --history-from."
-        )
-    if history_from and not events:
-        log.warning("--history-from does nothing: the schema has no histories from events.")
-    new = {os.path.realpath(file) for pattern in sources for file in files_of(pattern)}
-    both = [file for pattern in history_from for file in files_of(pattern) if os.path.realpath(file) in new]
-    if both:
-        raise UserError(f"{both[0]} is given both as new rows and as history: its events would count twice.")
 
 
 def _check_schema(resolved: Schema, schema: Schema, home: Path) -> None:

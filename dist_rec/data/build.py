@@ -26,7 +26,7 @@ from ..schema import Schema
 from ..text.paths import tokenizer_file
 from . import steps
 from .casts import literal, quote
-from .extend import merge
+from .extend import carried, merge
 from .folder import check_target, published
 from .home import dictionaries, parent_of, token_file_of
 from .index import Index, PrefixRole, TokenizerInfo, write_index
@@ -51,6 +51,7 @@ def build(
     prefixes: Mapping[str, str] | None = None,
     vocabulary: str | None = None,
     extends: str | None = None,
+    history_from: list[str] | tuple[str, ...] = (),
     block_rows: int = DEFAULT_BLOCK_ROWS,
     shard_rows: int = DEFAULT_SHARD_ROWS,
     workers: int | None = None,
@@ -83,6 +84,8 @@ def build(
         extends: a data set (or the folder above its splits) whose schema, vocabularies, tokenizer and prefixes this
             one extends by domains (`extend.merge`). What the schema has and `schema` does not name is null in every
             row; dictionaries keep their rows, and new values are numbered after them.
+        history_from: with `extends`, globs of earlier tables of any domain, in the columns of the new ones: their
+            rows are events of the new rows' histories, but are not written, and bring no values into dictionaries.
         block_rows: rows of an Arrow block.
         shard_rows: rows after which a tar is closed.
         workers: processes, and threads of the SQL engine; all cores if None.
@@ -102,6 +105,8 @@ def build(
     workers = steps.check_sizes(block_rows, shard_rows, workers)
     own, grow = None, frozenset()
     if extends is None:
+        if history_from:
+            raise UserError("--history-from is for rows that come later, with --extends: build all rows from --from.")
         token_file, token_info = _tokenizer(schema, tokenizer, max_tokens or DEFAULT_MAX_TOKENS, prefixes or {})
     else:
         parent = parent_of(extends)
@@ -113,6 +118,7 @@ def build(
         vocabulary = str(parent.vocabulary) if grow else None
         token_info = parent.index.tokenizer
         token_file = token_file_of(token_info, tokenizer, extends)
+        steps.check_past(carried(schema, own), sources, history_from)
 
     with published(target) as partial:
 
@@ -133,6 +139,7 @@ def build(
                 split,
                 vocabulary,
                 seed,
+                tuple(history_from),
                 own=own,
                 grow=grow,
                 prefixes=token_info.prefixes if token_info else {},

@@ -68,7 +68,7 @@ def collect(con: duckdb.DuckDBPyConnection, schema: Schema, folder: Path, train_
         con: connection that holds `encoded`.
         schema: resolved or not.
         folder: where the event files go.
-        train_only: only rows of the train split are events.
+        train_only: only rows of the train split, and past ones, are events.
         empty_text: row number of the empty text, for events without one.
 
     Returns:
@@ -86,7 +86,7 @@ def collect(con: duckdb.DuckDBPyConnection, schema: Schema, folder: Path, train_
             half = schema.labels[group.label].maximum / 2
             conditions.append(f"coalesce({quote(f'label:{group.label}')} >= {half!r}, false)")
         if train_only:
-            conditions.append("split = 0")
+            conditions.append("split <= 0")
         selected.append(f"CAST({' AND '.join(conditions)} AS TINYINT) AS e{group.number}")
         for feature, of in group.features.items():
             missing = empty_text if schema.features[feature].kind == "texts" else no_id(schema, feature)

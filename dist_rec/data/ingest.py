@@ -32,11 +32,12 @@ def check_rows(source: Source, every_domain: bool) -> None:
     """
     con, schema, names = source.con, source.schema, source.domains
     if "domains.column" in source.columns:
-        column = source.columns["domains.column"]
-        counts = dict(con.execute(f"SELECT {column}, count(*) FROM source GROUP BY 1").fetchall())
+        # Past rows may be of any domain: nothing of them but events is written.
+        column, written = source.columns["domains.column"], f"n >= {source.first}"
+        counts = dict(con.execute(f"SELECT {column}, count(*) FROM source WHERE {written} GROUP BY 1").fetchall())
         raw = schema.domains.column
         if None in counts:
-            n = con.execute(f"SELECT min(n) FROM source WHERE {column} IS NULL").fetchone()[0]
+            n = con.execute(f"SELECT min(n) FROM source WHERE {column} IS NULL AND {written}").fetchone()[0]
             raise UserError(f"{counts[None]} rows have no domain in column {raw!r}; the first is {source.where(n)}.")
         strange = sorted(set(counts) - set(names))
         if strange:
@@ -111,6 +112,8 @@ def build_vocabularies(
 ) -> dict[str, Vocabulary]:
     """One table `vocabulary:<table>` (value, row) for every dictionary, and the vocabularies with their sizes.
 
+    Past rows bring no values into them.
+
     Args:
         source: the input.
         reuse: folder of an earlier build's vocabulary; its rows stay as they are.
@@ -154,7 +157,7 @@ def build_vocabularies(
                     f"{reuse} and become row 0 (unknown)."
                 )
         elif names:
-            _number(con, target, _uses(source, names))
+            _number(con, target, f"SELECT * FROM ({_uses(source, names)}) WHERE n >= {source.first}")
             size = con.execute(f"SELECT count(*) + 1 FROM {target}").fetchone()[0]
             found[table] = replace(vocabulary, size=size)
         else:
@@ -179,7 +182,7 @@ def _grow(source: Source, table: str, target: str, path: Path, names: list[str])
             "vocabulary that the data set was built with: restore that one."
         )
     if names:
-        strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value)"
+        strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value) WHERE n >= {source.first}"
         con.execute(
             f"INSERT INTO {target} SELECT value, {size - 1} + row_number() OVER (ORDER BY first, value) "
             f"FROM (SELECT value, min(first) AS first FROM {strangers} GROUP BY value)"
@@ -319,7 +322,7 @@ def counts(source: Source, split: Split | None) -> Iterator[tuple[int, int, int]
     empty = [SPLITS[i] for i in asked if i not in {s for s, _, _ in found}]
     if split and empty:
         raise UserError(
-            f"the split leaves {', '.join(empty)} without rows ({source.rows} rows in all): "
+            f"the split leaves {', '.join(empty)} without rows ({source.rows - source.first} rows in all): "
             "give it more weight, or 0 to leave it out."
         )
     yield from found

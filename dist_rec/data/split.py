@@ -89,34 +89,36 @@ def split_columns(split: Split | None, schema: Schema) -> dict[str, str]:
 
 
 def split_sql(source: Source, split: Split | None, seed: int) -> str:
-    """SQL over `source s` for the row's position in `PARTS`."""
-    con = source.con
+    """SQL over `source s` for the row's position in `PARTS`; that of past rows means nothing."""
+    con, written = source.con, f"n >= {source.first}"
     if split is None:
         return "0"
     low, high = split.bounds
     if split.kind == "random":
-        value = "CAST(s.n AS VARCHAR)"
+        value = f"CAST(s.n - {source.first} AS VARCHAR)"
         if split.by is not None:
             value = f"coalesce(s.{source.columns['split.by']}, {value})"
         share = f"CAST(md5_number_lower({value} || ':' || {seed}) >> 11 AS DOUBLE) / 9007199254740992"
         return f"CASE WHEN {share} < {low!r} THEN 0 WHEN {share} < {high!r} THEN 1 ELSE 2 END"
     if split.kind == "time":
         time = source.columns["keys.time"]
-        missing = con.execute(f"SELECT count(*), min(n) FROM source WHERE {time} IS NULL").fetchone()
+        missing = con.execute(f"SELECT count(*), min(n) FROM source WHERE {time} IS NULL AND {written}").fetchone()
         if missing[0]:
             raise UserError(f"{missing[0]} rows have no time to be split by; the first is {source.where(missing[1])}.")
         # An ORDER BY with OFFSET sorts on disk; quantile aggregates hold every value in memory.
+        rows = source.rows - source.first
         low_time, high_time = (
             con.execute(
-                f"SELECT {time} FROM source ORDER BY {time} LIMIT 1 OFFSET {max(round(share * source.rows) - 1, 0)}"
+                f"SELECT {time} FROM source WHERE {written} ORDER BY {time} LIMIT 1 "
+                f"OFFSET {max(round(share * rows) - 1, 0)}"
             ).fetchone()[0]
             for share in (low, high)
         )
         return f"CASE WHEN s.{time} <= {low_time} THEN 0 WHEN s.{time} <= {high_time} THEN 1 ELSE 2 END"
     column = source.columns["split.column"]
     found = con.execute(
-        f"SELECT {column}, count(*), min(n) FROM source WHERE {column} IS NULL OR {column} NOT IN {PARTS} "
-        "GROUP BY 1 ORDER BY 3 LIMIT 1"
+        f"SELECT {column}, count(*), min(n) FROM source WHERE {written} AND ({column} IS NULL OR "
+        f"{column} NOT IN {PARTS}) GROUP BY 1 ORDER BY 3 LIMIT 1"
     ).fetchone()
     if found:
         raise UserError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +32,7 @@ from .casts import literal, quote
 from .encode import Job, Pool, TextStore
 from .extend import carried
 from .index import Extension, Frequency, Index, TokenizerInfo
-from .sources import Join, load, stream
+from .sources import Join, files_of, load, stream
 from .split import Split, split_columns
 from .writer import DatasetWriter
 
@@ -85,6 +85,24 @@ def check_sizes(block_rows: int, shard_rows: int, workers: int | None) -> int:
     if workers is not None and workers < 1:
         raise UserError(f"workers {workers} must be at least 1.")
     return workers or os.cpu_count() or 1
+
+
+def check_past(schema: Schema, sources: Sequence[str], past: Sequence[str]) -> None:
+    """Warn of earlier tables that do nothing.
+
+    Args:
+        schema: of what the rows carry.
+        sources, past: globs, as of `Input`.
+
+    Raises:
+        UserError: a file is both new and earlier.
+    """
+    if past and not histories.groups_of(schema):
+        log.warning("--history-from does nothing: the schema has no histories from events.")
+    new = {os.path.realpath(file) for pattern in sources for file in files_of(pattern)}
+    both = [file for pattern in past for file in files_of(pattern) if os.path.realpath(file) in new]
+    if both:
+        raise UserError(f"{both[0]} is given both as new rows and as history: its events would count twice.")
 
 
 def tokenizer_info(spec: str, path: Path, max_tokens: int, prefixes: Mapping[str, str]) -> TokenizerInfo:

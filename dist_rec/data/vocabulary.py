@@ -203,10 +203,17 @@ def vocabulary_faults(schema: Schema, overrides: Mapping[str, TableConfig], feat
                 "(ids share rows) or size: N (ids are known to be below N)"
             )
         elif kind != "raw" and found is not None and found[0] == "size" and found[1] < sizes[table]:
-            faults.append(
+            fault = (
                 f"tables.overrides.{table}.size is {found[1]}, but the data's vocabulary has {sizes[table]} ids: raise "
                 "it to that at least, or give the table hash or managed instead, which may have fewer rows"
             )
+            if inherited := schema.features[table].vocabulary.inherited:
+                fault += (
+                    f". {inherited[0]} of them were there before the data set was extended: a foundation that is to "
+                    "take the others is trained without this key, which gives them a table of their own, or with a "
+                    "size that leaves room for them"
+                )
+            faults.append(fault)
     return faults
 
 

@@ -54,6 +54,8 @@ ALL = "all"
 OWN_KEYS = ("data.train", "data.test", "data.domains", "finetune.run", "finetune.domains", "finetune.freeze")
 INSTEAD = {"finetune.domains": "--domains", "finetune.freeze": "--freeze"}
 PICTURE_NAME = "curve.png"
+# Of the point that is being measured.
+SAMPLES_NAME, RUNS_NAME = "samples", "runs"
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class _Curve:
             tree["model"]["regulariser"]["kind"] = "none"
         tree["run"] |= {
             "seed": tree["run"]["seed"] + point.seed,
-            "root": str(self.folder / "runs"),
+            "root": str(self.folder / RUNS_NAME),
             "name": point.label,
         }
         return from_dict(Config, tree, f"point {point.label}")
@@ -223,6 +225,9 @@ def draw_curve(
                 )
             results.begin()
             held = lock(folder)  # noqa: F841  for as long as this function runs
+            for left in (SAMPLES_NAME, RUNS_NAME):
+                # Of a job that was stopped: its point begins anew.
+                shutil.rmtree(folder / left, ignore_errors=True)
         todo = [[p for p in points if not any(p.has(entry) for entry in results.entries)]]
         dist.broadcast_object_list(todo)
         start, origin = None, None
@@ -267,7 +272,7 @@ def _rows(curve: _Curve, point: Point, process: Process) -> Iterator[tuple[str, 
     if point.n in (0, curve.splits.rows):
         yield whole, curve.splits.train
         return
-    root, fault = curve.folder / "samples" / f"{point.n}-{point.seed}", [None]
+    root, fault = curve.folder / SAMPLES_NAME / f"{point.n}-{point.seed}", [None]
     if process.is_main:
         try:
             root.parent.mkdir(exist_ok=True)
@@ -298,11 +303,7 @@ def _measure(
     Args:
         start, origin: of the foundation, as the whole training set finds them.
     """
-    folder = curve.folder / "runs" / point.label
-    if process.is_main:
-        # What a job that was stopped has left: a point begins anew.
-        shutil.rmtree(folder, ignore_errors=True)
-    dist.barrier()
+    folder = curve.folder / RUNS_NAME / point.label
     if point.domain is not None and not index.rows_of(point.domain):
         # A sample of several domains may lack one.
         yield from (_entry(point, point.domain, task, {}, 0.0) for task in curve.foundation.tasks())

@@ -194,5 +194,6 @@ def _tasks_of(schema: Schema) -> dict[str, Any]:
 
 
 def _name_of(data: str) -> str:
-    *above, last = data.rstrip("/").split("/")
+    """What the folder above the splits is called, however `data` says where it is."""
+    *above, last = (data if "://" in data else str(Path(data).resolve())).rstrip("/").split("/")
     return above[-1] if last == SPLITS[0] and above else last

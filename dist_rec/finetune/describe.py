@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ..training.finetuning import empty_model, names_of, of_managed
+from ..training.finetuning import empty_model, of_managed
 from ..training.prepared import Prepared
 from ..training.start.foundation import with_starts
 from ..training.start.freeze import LANGUAGE_MODEL, TABLES, frozen_names
@@ -30,7 +30,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
     origin = prepared.origin
     if foundation is not None:
         origin = with_starts(origin, foundation, config, prepared.indexes["train"], prepared.store)
-    names, model = names_of(prepared), empty_model(prepared, prepared.schema)
+    names, model = prepared.names, empty_model(prepared, prepared.schema)
     frozen = frozen_names(config.finetune, names)
     saved = foundation.saved.manifest.dense if foundation else {}
     further = len(prepared.schema.domains.names) - len(origin.domains)

@@ -310,10 +310,11 @@ def _old_part(old: Any) -> list[str]:
         for row in compared(old)
     ]
     title = "<h2>The foundation's domains, before and after</h2>"
+    skipped = [f"<p>Not looked at: {escape(str(old['skipped']))}</p>"] if "skipped" in old else []
     if not lines:
-        return [title, f"<p>Not looked at: {escape(str(old.get('skipped', 'old_domains.json says nothing')))}</p>"]
+        return [title, *(skipped or ["<p>Not looked at: old_domains.json says nothing.</p>"])]
     missing = [f"<p>The test rows have none of {escape(', '.join(unseen(old)))}.</p>"] if unseen(old) else []
-    return [title, _rows(["domain", "task", "metric", "before", "after", "difference"], lines, 3), *missing]
+    return [title, _rows(["domain", "task", "metric", "before", "after", "difference"], lines, 3), *missing, *skipped]
 
 
 def _curve_part(curve: Any, run: Path) -> list[str]:

@@ -67,24 +67,30 @@ def empty_model(prepared: Prepared, schema: Schema) -> nn.Module:
         return prepared.kind.model(schema, config, prepared.dims, width, encoder, features, Reduction())
 
 
-def names_of(prepared: Prepared) -> Names:
-    """Every name of a finetuned run that may stay or train."""
-    model = empty_model(prepared, prepared.schema)
+def names_of(prepared: Prepared, model: nn.Module) -> Names:
+    """Every name of a finetuned run that may stay or train.
+
+    Args:
+        model: its empty one.
+    """
     return Names(
         dense=[name for name, _ in model.named_parameters()],
-        own=own_parameters(lambda schema: empty_model(prepared, schema), prepared.schema),
+        own=own_parameters(model, prepared.schema, lambda schema: empty_model(prepared, schema)),
         tables=[spec.name for spec in prepared.specs],
         known=prepared.origin.tables,
     )
 
 
 def finetune_faults(prepared: Prepared) -> list[str]:
-    """What of a run whose parts are sound by themselves does not go with where it starts, or with what is to stay."""
-    config, names = prepared.config, names_of(prepared)
+    """What of a run whose parts are sound by themselves does not go with where it starts, or with what is to stay.
+
+    Completes `prepared.names`.
+    """
+    config, model = prepared.config, empty_model(prepared, prepared.schema)
+    prepared.names = names = names_of(prepared, model)
     faults = freeze_faults(config.finetune, names, config.text.mode)
     if prepared.foundation is not None:
-        wanted = shapes_of(empty_model(prepared, prepared.schema))
-        faults += model_faults(prepared.foundation, config, prepared.specs, wanted, names.own)
+        faults += model_faults(prepared.foundation, config, prepared.specs, shapes_of(model), names.own)
         try:
             check_vectors(prepared.foundation.saved, prepared.store)
         except UserError as error:

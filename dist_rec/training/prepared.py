@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from ..text.store import VectorStore
 from .kinds import Kind, kind_of
 from .reading import retry_of
 from .start.foundation import Foundation
-from .start.origin import OLD, Origin
+from .start.freeze import Names
+from .start.origin import OldTest, Origin
 
 
 @dataclass
@@ -27,10 +28,11 @@ class Prepared:
 
     `features` are those that this run reads; `indexes` has `train` and, as configured, `valid`
     and `test`, of which the run sees what `view` makes of them, and `CATALOGUE`. Of a run that starts from another,
-    `origin` is what it keeps of that one, and `foundation` that one itself, as long as the run has no checkpoint of its
-    own; `indexes` may then have that one's test rows too (`OLD`), with their text vectors in `old_store`. `missing`
-    makes the vectors that `store` lacks, where text.missing is encode; `dropped` has those of texts with words dropped.
-    `catalogue` is read when it is first asked for, and `events` counts its items' in the training rows.
+    `origin` is what it keeps of that one, `foundation` that one itself, as long as the run has no checkpoint of its
+    own, and `names` all that may stay or train; `indexes` may then have the test rows of that one and those before it
+    too (`old_tests`), with the text vectors of each in `old_stores`. `missing` makes the vectors that `store` lacks,
+    where text.missing is encode; `dropped` has those of texts with words dropped. `catalogue` is read when it is first
+    asked for, and `events` counts its items' in the training rows.
     """
 
     config: Config
@@ -42,21 +44,28 @@ class Prepared:
     view: Callable[[Index], Index]
     origin: Origin | None
     foundation: Foundation | None
-    old_store: VectorStore | None = None
+    names: Names | None = None
+    old_stores: dict[str, VectorStore] = field(default_factory=dict)
     missing: OnTheFly | None = None
     dropped: VectorStore | None = None
     catalogue: Catalogue | None = None
     events: np.ndarray | None = None
 
+    @property
+    def old_tests(self) -> dict[str, OldTest]:
+        """Test rows of the runs that came before, by split."""
+        return self.origin.old_tests() if self.origin else {}
+
     def root(self, split: str) -> str:
-        return self.origin.test if split == OLD else getattr(self.config.data, split)
+        old = self.old_tests.get(split)
+        return old.test if old else getattr(self.config.data, split)
 
     def read(self, split: str) -> Index:
         """What the run sees of a split as it is now."""
         index = read_index(self.root(split), retry_of(self.config.data))
         if split == CATALOGUE:
             return index
-        return as_extended(index, self.schema) if split == OLD else self.view(index)
+        return as_extended(index, self.schema) if split in self.old_tests else self.view(index)
 
     def vectors(self, split: str, training: bool = False) -> FrozenVectors | SideBySide | None:
         """Where the batches of a split get their texts' frozen vectors from.
@@ -64,7 +73,7 @@ class Prepared:
         Args:
             training: whether a model is trained on them, which may read texts with words dropped, too.
         """
-        store = self.old_store if split == OLD else self.store
+        store = self.old_stores.get(split, self.store)
         if store is None:
             return None
         missing = self.missing if store.info.recipe == self.store.info.recipe else None

@@ -113,17 +113,19 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 def find_earlier(config: Config) -> Path | None:
     """The run folder if it holds a run that this config may go on with, None if it holds none.
 
+    One that ended before its first checkpoint has left nothing to go on with, and may be followed by any.
+
     Raises:
         UserError: it holds a run of another config, or `train.resume` is `never`.
     """
     folder = config.run_folder
-    if not (folder / "config.yaml").exists():
-        if checkpoints(folder / "checkpoints"):
-            raise UserError(
-                f"{folder} has checkpoints but no config.yaml, which says of what: restore it, choose another "
-                "--run.name, or remove that folder."
-            )
+    if not checkpoints(folder / "checkpoints"):
         return None
+    if not (folder / "config.yaml").exists():
+        raise UserError(
+            f"{folder} has checkpoints but no config.yaml, which says of what: restore it, choose another --run.name, "
+            "or remove that folder."
+        )
     if config.train.resume == "never" and not is_restart():
         raise UserError(f"{folder} holds a run already: choose another --run.name, or remove that folder.")
     differ = changes(to_dict(load_config(folder / "config.yaml")), to_dict(config))
@@ -186,17 +188,19 @@ def check_vectors(saved: Saved | None, store: VectorStore | None) -> None:
     held = saved.manifest.state.get("vectors") if saved is not None else None
     if held is None or store is None:
         return
-    then, now = from_dict(Recipe, held, f"the state in {saved.folder}"), store.info.recipe
+    differs = vectors_differ(from_dict(Recipe, held, f"the state in {saved.folder}"), store.info.recipe)
+    if differs:
+        raise UserError(
+            f"{saved.folder} was trained on other text vectors: those in {store.folder} were made {differs}. Name its "
+            "own store in text.store, or embed the texts anew."
+        )
+
+
+def vectors_differ(then: Recipe, now: Recipe) -> str | None:
+    """How text vectors of `now` were made otherwise than a model knows them, in words; None where it may read them."""
     if then.model_fingerprint != now.model_fingerprint:
-        differs = "by another language model"
-    elif then.pooling != now.pooling:
-        differs = f"by pooling {now.pooling} instead of {then.pooling}"
-    else:
-        return
-    raise UserError(
-        f"{saved.folder} was trained on other text vectors: those in {store.folder} were made {differs}. Name its own "
-        "store in text.store, or embed the texts anew."
-    )
+        return "by another language model"
+    return f"by pooling {now.pooling} instead of {then.pooling}" if then.pooling != now.pooling else None
 
 
 def plan_to_keep(earlier: Saved | None, process: Process, config: Config) -> dict[str, Any] | None:

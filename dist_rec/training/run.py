@@ -16,7 +16,7 @@ from . import checkpoint
 from .checkpoint import Saved
 from .evaluation import write_evaluation
 from .finetuning import how_it_starts, start_of
-from .looking_back import LookingBack, add_old_test
+from .looking_back import LookingBack, add_old_tests
 from .prepare import prepare
 from .process import choose_device, process_group, quieten
 from .resume import changes, check_vectors, differences, find_earlier
@@ -30,7 +30,7 @@ def train(config: Config, look_back: bool = True) -> Path:
     """Train a config under torchrun, or alone, from its last good checkpoint if it has one.
 
     Args:
-        look_back: of a run that starts from another, evaluate that one's own test rows before and after.
+        look_back: of a run that starts from another, evaluate the test rows of those before it before and after.
 
     Returns:
         The run folder.
@@ -51,7 +51,7 @@ def train(config: Config, look_back: bool = True) -> Path:
             held = lock(folder)  # noqa: F841  for as long as this function runs
             has_earlier = [find_earlier(config) is not None]
         torch.distributed.broadcast_object_list(has_earlier)
-        why_not = add_old_test(prepared) if look_back else "it was not asked for."
+        skipped = add_old_tests(prepared) if look_back else ["it was not asked for."]
         for split in prepared.indexes:
             agree_on_index(prepared, split)
         earlier = checkpoint.last_good(folder / "checkpoints") if has_earlier[0] else None
@@ -79,7 +79,7 @@ def train(config: Config, look_back: bool = True) -> Path:
                     f"dist-rec: tables.wire {config.tables.wire} does nothing: one rank sends no vectors.",
                     file=sys.stderr,
                 )
-        back = LookingBack(folder, trainer, why_not) if prepared.origin else None
+        back = LookingBack(folder, trainer, skipped) if prepared.origin else None
         try:
             if back and start:
                 back.before()

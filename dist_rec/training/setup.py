@@ -28,7 +28,6 @@ from .catalogue import candidates_of
 from .checkpoint import Saved
 from .collectives import DistributedReduction
 from .engine import make_engine
-from .finetuning import names_of
 from .passes import FROM_THE_START, fingerprint
 from .planning import plan_here
 from .prepared import Prepared
@@ -172,9 +171,9 @@ def build_engine(prepared: Prepared, process: Process, batch_rows: int, start: S
     """
     config, model = prepared.config, build_model(prepared, DistributedReduction())
     if start is not None:
-        fill_dense(start, model, names_of(prepared).own, len(prepared.origin.domains), prepared.origin.start_rows())
+        fill_dense(start, model, prepared.names.own, len(prepared.origin.domains), prepared.origin.start_rows())
     if prepared.origin is not None:
-        freeze(model, frozen_names(config.finetune, names_of(prepared)))
+        freeze(model, frozen_names(config.finetune, prepared.names))
     return make_engine(model, config.dense, config.text, batch_rows, process.world_size, process.device)
 
 

@@ -19,7 +19,7 @@ from ..kinds import kind_of
 from ..reading import retry_of
 from ..resume import changes
 from .domains import NEAREST, Texts, choose_starts, rule_faults, text_features
-from .origin import MEAN, Origin, read_schema
+from .origin import MEAN, ORIGIN_NAME, OldTest, Origin, read_origin, read_schema
 from .warm_start import Shapes, shape_faults
 
 # What decides the shapes of parameters: told where they differ.
@@ -45,6 +45,12 @@ class Foundation:
 
     def tasks(self) -> list[str]:
         return list(kind_of(self.config).heads(self.schema, self.config))
+
+    def older(self) -> list[OldTest]:
+        """Test rows of the runs that this one came from, where it was finetuned itself."""
+        if self.config.finetune.run is None or not (self.run / ORIGIN_NAME).is_file():
+            return []
+        return list(read_origin(self.run).old_tests().values())
 
     def left_out(self, schema: Schema, config: Config) -> list[str]:
         """Features that a config would read of its data, and this run did not."""
@@ -107,6 +113,16 @@ def foundation_faults(foundation: Foundation, config: Config, schema: Schema) ->
             f"the foundation's adapters were trained with text.lora.alpha {then.lora.alpha:g}, this config has "
             f"{text.lora.alpha:g}: set it to the foundation's"
         )
+    if then.trains and text.trains and then.pooling != text.pooling:
+        from ...text.encoder import empty_text_encoder
+
+        # No shape tells of this either; auto may be what the other one names.
+        trained, asked = (empty_text_encoder(text.model, one.pooling).pooling for one in (then, text))
+        if trained != asked:
+            faults.append(
+                f"the foundation's language model was trained with text.pooling {then.pooling} ({trained}), this "
+                f"config has {text.pooling} ({asked}): set it to the foundation's"
+            )
     return faults
 
 
@@ -150,6 +166,7 @@ def origin_of(foundation: Foundation, config: Config, schema: Schema) -> Origin:
         left_out=foundation.left_out(schema, config),
         test=foundation.config.data.test,
         store=foundation.config.text.store,
+        older=foundation.older(),
     )
 
 

@@ -1,4 +1,4 @@
-"""old_domains.json: the foundation's own test rows before and after a run that started from it.
+"""old_domains.json: the test rows of the runs that came before, before and after a run that started from them.
 
 Both are measured by the run itself, the first before its first step: the same model code on the same batches in the
 same order, so that what differs is what training has changed.
@@ -50,28 +50,33 @@ def compared(held: dict[str, Any]) -> list[dict[str, Any]]:
     for domain, tasks in held[BEFORE]["domains"].items():
         for task, was in tasks.items():
             for name in METRICS:
-                before, after = metric(was, name), metric(held[AFTER]["domains"][domain][task], name)
+                before, after = metric(was, name), metric(held[AFTER]["domains"].get(domain, {}).get(task, {}), name)
                 if before is not None and after is not None:
                     entry = {"domain": domain, "task": task, "metric": name, BEFORE: before, AFTER: after}
                     found.append({**entry, "difference": after - before})
     return found
 
 
+def has_rows(tasks: dict[str, Any]) -> bool:
+    """Whether a domain's metrics, by task, are of any row."""
+    return any(metrics["rows"] for metrics in tasks.values())
+
+
 def unseen(held: dict[str, Any]) -> list[str]:
-    """The domains that the foundation knew and its test rows have none of, as where it was finetuned itself."""
+    """The domains that the foundation knew and that none of the test rows which were read is of."""
     domains = held[BEFORE]["domains"] if BEFORE in held else {}
     known = {domain: domains[domain] for domain in held.get(KNOWN, []) if domain in domains}
-    return [domain for domain, tasks in known.items() if not any(was["rows"] for was in tasks.values())]
+    return [domain for domain, tasks in known.items() if not has_rows(tasks)]
 
 
 def print_old(folder: Path) -> None:
     """What became of the domains that the foundation knew, as a table."""
     held, console = read_old(folder), Console()
     if SKIPPED in held:
-        console.print(f"the foundation's domains were not looked at: {held[SKIPPED]}", highlight=False, soft_wrap=True)
+        console.print(f"test rows of earlier runs were not read: {held[SKIPPED]}", highlight=False, soft_wrap=True)
     if missing := unseen(held):
         console.print(
-            f"the foundation's test rows have none of {', '.join(missing)}: what became of these is not known",
+            f"the earlier runs' test rows have none of {', '.join(missing)}: what became of these is not known",
             highlight=False,
             soft_wrap=True,
         )
@@ -79,7 +84,7 @@ def print_old(folder: Path) -> None:
     if not rows:
         return
     table = Table(
-        title="the foundation's test rows, before and after",
+        title="the earlier runs' test rows, before and after",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -16,8 +16,18 @@ from ...strict import from_dict, parse_json, strict, to_dict
 ORIGIN_NAME = "finetune.json"
 SCHEMA_NAME = "schema.json"
 MEAN = "mean"
-# The split that is the foundation's own test rows.
+# What the splits that are the test rows of runs that came before begin with.
 OLD = "old"
+
+
+@strict
+class OldTest:
+    """Test rows of a run that came before: its folder, the data set (None where its config names none), and the store
+    of their text vectors."""
+
+    run: str
+    test: str | None = None
+    store: str | None = None
 
 
 @strict
@@ -30,6 +40,7 @@ class Origin:
     * `tables`: those that its checkpoint has.
     * `left_out`: features of the data that it did not read, and this run neither.
     * `test`, `store`: its test rows and their text vectors, to see what becomes of the domains that it knew.
+    * `older`: likewise of the run that it started from itself, and so on, the nearest first.
     """
 
     run: str
@@ -40,6 +51,13 @@ class Origin:
     left_out: list[str] = field(default_factory=list)
     test: str | None = None
     store: str | None = None
+    older: list[OldTest] = field(default_factory=list)
+
+    def old_tests(self) -> dict[str, OldTest]:
+        """Of all runs that came before, by split: the foundation's first, and each data set once."""
+        own = OldTest(run=self.run, test=self.test, store=self.store)
+        older = [one for one in self.older if one.test != self.test]
+        return {f"{OLD}-{n}": one for n, one in enumerate([own, *older])}
 
     def start_rows(self) -> list[int | None]:
         """For each further domain the number of the domain that it begins as, None for the mean of all."""

@@ -31,15 +31,16 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(one.shape) for name, one in [*model.named_parameters(), *buffers(model).items()]}
 
 
-def own_parameters(build: Callable[[Schema], nn.Module], schema: Schema) -> set[str]:
+def own_parameters(model: nn.Module, schema: Schema, build: Callable[[Schema], nn.Module]) -> set[str]:
     """Names of the parameters that are stacked by domain: those that one more domain makes longer.
 
     Args:
+        model: of `schema`.
         build: the model of a schema, as cheaply as can be (on the meta device).
     """
     names = schema.domains.names
     more = replace(schema, domains=replace(schema.domains, names=[*names, "one more " + "".join(names)]))
-    before, after = shapes_of(build(schema)), shapes_of(build(more))
+    before, after = shapes_of(model), shapes_of(build(more))
     return {name for name, shape in before.items() if after[name] != shape}
 
 

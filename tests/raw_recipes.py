@@ -1,0 +1,37 @@
+"""The recipes as modules, and the raw data that most of their tests need (DIST_REC_RAW, else ../shared/data beside the
+repository)."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "shards" / "recipes"
+sys.path.insert(0, str(RECIPES))
+
+import amazon  # noqa: E402
+import common  # noqa: E402
+import foundation  # noqa: E402
+import movielens  # noqa: E402
+import queries  # noqa: E402
+import retail  # noqa: E402
+import rows as recipe_rows  # noqa: E402
+
+__all__ = ["amazon", "common", "foundation", "movielens", "queries", "recipe_rows", "retail"]
+RAW = common.raw_root(None)
+needs_raw = pytest.mark.skipif(not RAW.is_dir(), reason=f"no raw data: {RAW} does not exist (set DIST_REC_RAW)")
+UNIFORM = recipe_rows.Sampling()
+
+
+def part_of(domain: str, folder: Path, sampling=UNIFORM, **options) -> pa.Table:
+    return pq.read_table(foundation.write_domain(domain, RAW, folder, sampling, **options).path)
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.parquet"))}
