@@ -115,12 +115,19 @@ class TrainConfig:
     epochs: int = Field(default=1, ge=1)
     steps: int = Field(default=0, ge=0)
     log_every: int = Field(default=20, ge=1)
-    evaluate_every: Annotated[int, Field(ge=0)] | Literal["epoch"] = 0
+    evaluate_every: int | str = 0
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(default=10.0, gt=0)
     resume: Literal["auto", "never"] = "auto"
     record_rows: bool = False
+
+    @field_validator("evaluate_every")
+    @classmethod
+    def _steps_or_epoch(cls, every: int | str) -> int | str:
+        if every != "epoch" and (isinstance(every, str) or every < 0):
+            raise ValueError(f"is a number of steps >= 0, or epoch, got {every!r}")
+        return every
 
     @field_validator("early_stopping", mode="before")
     @classmethod
