@@ -19,6 +19,7 @@ from dist_rec.config import Config
 from dist_rec.config.training import EarlyStoppingConfig
 from dist_rec.errors import UserError
 from dist_rec.finetune.derive import derived_tree
+from dist_rec.report.curves import read_curves
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.early_stopping import EarlyStopping, Standing, value_of
@@ -202,6 +203,7 @@ def test_it_ends_with_the_best_checkpoint(peace):
     assert json.loads((run / "summary.json").read_text())["early_stopping"] == news
     assert (evaluation(run)["step"], evaluation(run)["split"]) == (BEST, "test")
     assert lines(run, "evaluation")[-1] | {"step": BEST, "split": "test"} == lines(run, "evaluation")[-1]
+    assert read_curves(run / "metrics.jsonl")["evaluation"]["auc"]["ctr"][0] == [line["step"] for line in told]
     # The best outlives checkpoint.keep; what is to be judged is the best, what is gone on from the newest.
     assert names(run) == [checkpoint.name_of(LAST), best]
     assert checkpoint.find(run) == checkpoint.find(run / "checkpoints") == run / "checkpoints" / best
