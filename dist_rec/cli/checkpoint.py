@@ -11,7 +11,7 @@ from .common import Json, print_json
 
 app = typer.Typer(help="What is in a checkpoint; every checksum; whole tensors in one file.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its latest one.")]
+Folder = Annotated[Path, typer.Argument(help="A checkpoint, or a run folder: its best or latest one.")]
 
 
 @app.command("inspect")

@@ -16,7 +16,7 @@ PRESETS = ("none", "L0", "L0+L1", "adaptor", "lora", "head")
 
 def finetune(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(help="Run folder of the foundation; its last good checkpoint is taken.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of the foundation; its best or newest checkpoint is taken.")],
     data: Annotated[str, typer.Option(help="The new domain's data set: the folder above its splits, or its train.")],
     name: Annotated[str | None, typer.Option(help="Of the new run; else RUN-DATA, beside RUN.")] = None,
     freeze: Annotated[

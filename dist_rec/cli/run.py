@@ -95,7 +95,7 @@ def train(
 
 def evaluate(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is evaluated.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; its best or latest checkpoint is evaluated.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     baselines: Annotated[bool, typer.Option("--baselines", help="BM25 and the cosine of frozen vectors too.")] = False,
     against: Annotated[
@@ -122,7 +122,7 @@ def evaluate(
 
 def report(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(help="Run folder; its latest checkpoint is looked at.")],
+    run: Annotated[Path, typer.Argument(help="Run folder; its best or latest checkpoint is looked at.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     rows: Annotated[int, typer.Option(help="About how many rows of the split to look at; 0 is all.", min=0)] = 100_000,
     out: Annotated[Path | None, typer.Option(help="The page; default RUN/report.html. JSON goes beside it.")] = None,

@@ -30,7 +30,7 @@ from .model import (
     TaskConfig,
     TextConfig,
 )
-from .training import CheckpointConfig, DenseConfig, EvaluateConfig, RunConfig, TrainConfig
+from .training import CheckpointConfig, DenseConfig, EarlyStoppingConfig, EvaluateConfig, RunConfig, TrainConfig
 from .unisrec import AdaptorConfig, ContrastConfig, SequenceEncoderConfig, UniSRecConfig, unisrec_faults
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ContrastConfig",
     "DataConfig",
     "DenseConfig",
+    "EarlyStoppingConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "HistoryConfig",
@@ -92,6 +93,13 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+    @field_validator("train")
+    @classmethod
+    def _what_stops_it_is_evaluated(cls, train: TrainConfig, before: ValidationInfo) -> TrainConfig:
+        if train.early_stopping.metric is not None and "data" in before.data and before.data["data"].valid is None:
+            raise ValueError("early_stopping needs data.valid, whose evaluations it goes by")
+        return train
 
     @field_validator("evaluate")
     @classmethod

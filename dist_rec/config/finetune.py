@@ -10,7 +10,7 @@ from ..strict import strict
 
 @strict
 class FinetuneConfig:
-    """Start from another run's last good checkpoint instead of at random (CIKM'23: pretrain, then finetune).
+    """Start from another run's best or last good checkpoint instead of at random (CIKM'23: pretrain, then finetune).
 
     * `run`: folder of that run; null starts at random.
     * `domains`: how the parameters of domains that it does not know start: `mean` of those that it knows, `nearest`

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -68,12 +69,42 @@ class DenseConfig:
         return micro_batches
 
 
+# What an evaluation says beside how good a model is.
+UNORDERED = ("rows", "positives", "calibration", "mean_label", "mean_score")
+
+
+@strict
+class EarlyStoppingConfig:
+    """End the run when evaluations of data.valid improve no more.
+
+    * `metric`: `<task>.<metric>` of an evaluation's `overall`; None is off.
+    * `patience`: how many evaluations in a row may be no improvement.
+    * `min_delta`: only what is better by more than this is an improvement.
+    """
+
+    metric: str | None = None
+    patience: int = Field(default=10, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+    @field_validator("metric")
+    @classmethod
+    def _can_be_better(cls, metric: str | None) -> str | None:
+        if metric is None:
+            return None
+        task, _, name = metric.rpartition(".")
+        if not task or not name:
+            raise ValueError(f"is <task>.<metric>, such as ctr.auc, got {metric!r}")
+        if name in UNORDERED:
+            raise ValueError(f"{name} is neither better nor worse: name a metric such as auc, ndcg@10 or logloss")
+        return metric
+
+
 @strict
 class TrainConfig:
     """How long, and what is said meanwhile.
 
-    * `epochs`: passes over the training data; `steps` > 0 stops earlier.
-    * `log_every`, `evaluate_every`: steps; `evaluate_every` 0 evaluates at the end only.
+    * `epochs`: passes over the training data; `steps` > 0 stops earlier, and so may `early_stopping`.
+    * `log_every`, `evaluate_every`: steps; `evaluate_every` may be `epoch`, and 0 evaluates at the end only.
     * `device`: `auto` takes CUDA where there is one.
     * `timeout_minutes`: how long a rank waits for the others before it gives up.
     * `resume`: `auto` goes on from the last good checkpoint of the run folder; `never` refuses a
@@ -84,11 +115,31 @@ class TrainConfig:
     epochs: int = Field(default=1, ge=1)
     steps: int = Field(default=0, ge=0)
     log_every: int = Field(default=20, ge=1)
-    evaluate_every: int = Field(default=0, ge=0)
+    evaluate_every: int | str = 0
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_minutes: float = Field(default=10.0, gt=0)
     resume: Literal["auto", "never"] = "auto"
     record_rows: bool = False
+
+    @field_validator("evaluate_every")
+    @classmethod
+    def _steps_or_epoch(cls, every: int | str) -> int | str:
+        if every != "epoch" and (isinstance(every, str) or every < 0):
+            raise ValueError(f"is a number of steps >= 0, or epoch, got {every!r}")
+        return every
+
+    @field_validator("early_stopping", mode="before")
+    @classmethod
+    def _off(cls, early_stopping: Any) -> Any:
+        return {} if early_stopping is None else early_stopping
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _is_evaluated(cls, early_stopping: EarlyStoppingConfig, before: ValidationInfo) -> EarlyStoppingConfig:
+        if early_stopping.metric is not None and before.data.get("evaluate_every") == 0:
+            raise ValueError("needs train.evaluate_every: a number of steps, or epoch")
+        return early_stopping
 
 
 @strict
@@ -96,7 +147,7 @@ class CheckpointConfig:
     """When checkpoints are written, and how. One is always written at the end, and at SIGTERM.
 
     * `every_steps`, `every_minutes`: whichever comes first; 0 is never.
-    * `keep`: how many of the newest stay.
+    * `keep`: how many of the newest stay; the best of a run that may stop early stays too.
     * `write`: `background` copies to host memory and writes while training goes on; `chunks` writes
       piece by piece while training waits; `auto` takes chunks where a copy would not fit.
     * `chunk_bytes`: size of a piece.

@@ -175,7 +175,7 @@ def derived_tree(foundation: Foundation, splits: Splits, rows: int, ranks: int) 
         tree["model"]["tasks"] = to_dict(foundation.config.model.tasks) or _tasks_of(foundation.schema)
     # It would shrink what the domains without rows have of their own.
     tree["dense"] |= {"weight_decay": 0.0, "warmup_steps": pace.warmup_steps}
-    tree["train"] |= {"epochs": pace.epochs, "steps": 0, "evaluate_every": 0}
+    tree["train"] |= {"epochs": pace.epochs, "steps": 0, "evaluate_every": 0, "early_stopping": {}}
     return tree
 
 

@@ -21,12 +21,16 @@ def read_curves(path: Path) -> dict[str, Any]:
     losses: dict[str, Line] = {}
     rates: Line = ([], [])
     evaluation: dict[str, dict[str, Line]] = {}
-    for entry in _entries(path):
+    entries = _entries(path)
+    stops_early = any("early_stopping" in entry for entry in entries)
+    for entry in entries:
         step = entry["step"]
         for name, value in entry.get("losses", {}).items():
             _put(losses.setdefault(name, ([], [])), step, value)
         if "rows_per_s" in entry:
             _put(rates, step, entry["rows_per_s"])
+        if stops_early and entry.get("split") != "valid":
+            continue  # another split's, of a step that the curve has passed already
         for task, metrics in entry.get("evaluation", {}).items():
             for metric, value in metrics.items():
                 if value is not None and metric.startswith(METRICS):

@@ -239,7 +239,7 @@ def _curves_part(curves: dict[str, Any]) -> list[str]:
     panels += [(f"Evaluation: {metric}", metric, lines) for metric, lines in curves["evaluation"].items()]
     drawn = _figure(
         figures.line_panels(panels), "curves", "Of metrics.jsonl. Evaluations are overall, of data.valid; the last of "
-        "them is of the split that the run ends with."
+        "them is of the split that the run ends with, unless it may stop early."
     )  # fmt: skip
     return ["<h2>Learning curves</h2>", drawn]
 

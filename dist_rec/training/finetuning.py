@@ -99,7 +99,7 @@ def finetune_faults(prepared: Prepared) -> list[str]:
 
 
 def start_of(prepared: Prepared) -> Saved | None:
-    """The foundation's last good checkpoint, for a new run; None where it starts at random. Collective.
+    """The foundation's best or last good checkpoint, for a new run; None where it starts at random. Collective.
 
     Completes `prepared.origin`: which checkpoint it is, and what further domains begin as.
 
@@ -109,7 +109,7 @@ def start_of(prepared: Prepared) -> Saved | None:
     foundation = prepared.foundation
     if foundation is None:
         return None
-    saved = last_good(foundation.run / "checkpoints")
+    saved = last_good(foundation.run / "checkpoints", best=True)
     if saved is None:
         raise UserError(f"finetune.run: {foundation.run} has no checkpoint any more.")
     found: list[Origin | UserError | None] = [None]

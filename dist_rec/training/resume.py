@@ -18,6 +18,7 @@ from ..launch import is_restart
 from ..strict import from_dict, strict, to_dict
 from ..text.store import Recipe, VectorStore
 from .checkpoint import Saved, checkpoints
+from .early_stopping import Standing
 from .passes import Position
 from .process import Process
 from .summary import Summary
@@ -71,7 +72,14 @@ IDLE = (
     "evaluate.*",
 )
 # Of `train`, what stays so where the schedule reaches to the end of the run.
-TRAIN_IDLE = ("train.log_every", "train.evaluate_every", "train.timeout_minutes", "train.resume", "train.record_rows")
+TRAIN_IDLE = (
+    "train.log_every",
+    "train.evaluate_every",
+    "train.early_stopping.*",
+    "train.timeout_minutes",
+    "train.resume",
+    "train.record_rows",
+)
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,11 +162,15 @@ def differences(before: dict[str, Any], now: dict[str, Any], config: list[Change
 
 @strict
 class State:
-    """What a checkpoint holds beside tensors; `vectors` is how the frozen text vectors that it read were made."""
+    """What a checkpoint holds beside tensors.
+
+    `vectors` is how the frozen text vectors that it read were made; `early_stopping` what its evaluations have shown.
+    """
 
     position: Position | None = None
     summary: Summary = field(default_factory=Summary)
     vectors: Recipe | None = None
+    early_stopping: Standing | None = None
 
 
 def state_of(earlier: Saved | None) -> State:

@@ -86,7 +86,7 @@ def train(config: Config, look_back: bool = True) -> Path:
             rates = trainer.train(tracker)
             split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
             result = trainer.evaluate(split, keep=True)
-            tracker.evaluation(trainer.step, result)
+            tracker.evaluation(trainer.evaluated_step, split, result)
             if back:
                 back.after()
         finally:
@@ -94,8 +94,10 @@ def train(config: Config, look_back: bool = True) -> Path:
         summary = trainer.account.gather(trainer.passes)
         if process.is_main:
             rates |= result["rates"]
-            write_text(folder / "summary.json", json.dumps({"steps": trainer.step, **to_dict(summary)}, indent=1))
-            entry = {"split": split, "step": trainer.step, **result, "rates": rates}
+            news = trainer.stopping.news()
+            told = {"steps": trainer.step, **to_dict(summary), **({"early_stopping": news} if news else {})}
+            write_text(folder / "summary.json", json.dumps(told, indent=1))
+            entry = {"split": split, "step": trainer.evaluated_step, **result, "rates": rates}
             write_evaluation(folder, entry, of_training=True)
     return folder
 

@@ -62,7 +62,7 @@ class NoTracker:
         managed: dict[str, dict[str, float]] | None = None,
     ) -> None: ...
 
-    def evaluation(self, step: int, result: dict[str, Any]) -> None: ...
+    def evaluation(self, step: int, split: str, result: dict[str, Any], news: dict[str, Any] | None = None) -> None: ...
 
     def data(self, step: int, epoch: int, summary: dict[str, dict[str, int]]) -> None: ...
 
@@ -139,20 +139,30 @@ class Tracker(NoTracker):
                 highlight=False,
             )
 
-    def evaluation(self, step: int, result: dict[str, Any]) -> None:
-        """Record an evaluation's `overall` metrics and, on TensorBoard, each domain's."""
-        self._write({"step": step, "evaluation": result["overall"]})
+    def evaluation(self, step: int, split: str, result: dict[str, Any], news: dict[str, Any] | None = None) -> None:
+        """Record an evaluation's `overall` metrics and, on TensorBoard, each domain's.
+
+        Args:
+            step: steps that the evaluated model was trained for.
+            news: of early stopping: the best so far.
+        """
+        entry = {"step": step, "split": split, "evaluation": result["overall"]}
+        self._write(entry | ({"early_stopping": news} if news else {}))
+        # Another split's values are no point of the curve of data.valid.
+        prefix = "" if split == "valid" else f"{split}/"
         scalars = {
-            f"{scope}/{task}/{name}": value
+            f"{prefix}{scope}/{task}/{name}": value
             for scope, tasks in {"overall": result["overall"], **result["domains"]}.items()
             for task, metrics in tasks.items()
             for name, value in metrics.items()
             if value is not None
         }
+        if news and news["best"] is not None:
+            scalars["early_stopping/best"] = news["best"]
         self._draw(scalars, step)
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the earlier run has recorded one after `step` steps."""
+        """Whether the earlier run has recorded one of data.valid after `step` steps."""
         return step in self.evaluated
 
     def data(self, step: int, epoch: int, summary: dict[str, dict[str, int]]) -> None:
@@ -197,7 +207,11 @@ class Tracker(NoTracker):
 
 
 def _cut(path: Path, step: int) -> set[int]:
-    """Take back the lines of metrics.jsonl that are about later steps than `step`; returns those with an evaluation."""
+    """Take back the lines of metrics.jsonl that are about later steps than `step`.
+
+    Returns:
+        Steps with an evaluation of data.valid.
+    """
     kept, evaluated = [], set()
     for line in path.read_text().splitlines(keepends=True):
         try:
@@ -206,7 +220,7 @@ def _cut(path: Path, step: int) -> set[int]:
             continue  # the process died writing it
         if entry["step"] <= step:
             kept.append(line)
-            if "evaluation" in entry:
+            if "evaluation" in entry and entry.get("split", "valid") == "valid":
                 evaluated.add(entry["step"])
     write_text(path, "".join(kept))
     return evaluated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..strict import to_dict
 from . import checkpoint
 from .agreement import Agreement
 from .checkpoint import Saved
+from .early_stopping import EarlyStopping, value_of
 from .evaluation import evaluate, read_evaluation
 from .hybrid import Hybrid, learning_rate_factor
 from .passes import Pass, Passes
@@ -50,19 +52,23 @@ class Trainer:
         state = state_of(earlier)
         self.looked = False
         self.passes = Passes(config, self._newest, self._open_stream, state.position)
-        self.step = self.saved_step = self.passes.start_step
+        self.step = self.passes.start_step
+        self.saved = (self.step, state.early_stopping)
+        self.converted = []
+        self.stopping = EarlyStopping(config.train.early_stopping, state.early_stopping)
+        self._check_best_is_there()
         self._check_something_is_left()
         batch_rows = self.passes.stream.batch_rows
         tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
         self.engine = build_engine(prepared, process, batch_rows, start)
         self.hybrid = Hybrid(tables, sharded, self.engine, process.device, self._learning_rate_factor, self.step)
-        self.converted = []
         if earlier:
-            self.converted = checkpoint.load_tables(earlier, sharded)
+            self.converted += checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
         elif start:
-            self.converted = checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
+            self.converted += checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
+        self._check_metric()
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}
         self.lost_block_rows = 0
@@ -72,8 +78,16 @@ class Trainer:
         """Refuse to go on with a run that is through, unless its evaluation is missing."""
         config, passes = self.config, self.passes
         held = read_evaluation(config.run_folder)
-        if not passes.finished or held is None or held["step"] != passes.start_step:
+        is_counted = not self.stopping.enabled or self.stopping.has_counted(self.step)
+        is_through = passes.finished and is_counted or self.stopping.done
+        if not is_through or held is None or held["step"] != self.evaluated_step:
             return
+        if self.stopping.done:
+            raise UserError(
+                f"{config.run_folder} holds a finished run, which stopped early at step {self.step}: "
+                f"{self.stopping.said()}. Raise train.early_stopping.patience to go on with it, or choose another "
+                "--run.name."
+            )
         if 0 < config.train.steps <= passes.start_step:
             raise UserError(
                 f"{config.run_folder} holds a finished run: its train.steps {config.train.steps} are done. Raise them, "
@@ -88,6 +102,36 @@ class Trainer:
             f"{config.run_folder} holds a finished run: choose another --run.name, remove that folder, or raise "
             "train.epochs to go on with it."
         )
+
+    def _check_best_is_there(self) -> None:
+        """Forget the best evaluation where its checkpoint is gone. Collective."""
+        best = self.stopping.best
+        if best is None or best == self.step:
+            return
+        fault = [None]
+        if self.process.is_main:
+            try:
+                checkpoint.read_manifest(self._checkpoint(best))
+            except UserError as error:
+                fault = [str(error)]
+        torch.distributed.broadcast_object_list(fault)
+        if fault[0] is not None:
+            self.stopping.forget_best()
+            self.converted.append(f"the best checkpoint so far, that of step {best}, is gone: {fault[0]}")
+
+    def _check_metric(self) -> None:
+        """Refuse a metric that evaluations will lack. Collective."""
+        if self.stopping.enabled:
+            nothing = self.prepared.kind.evaluator(self.prepared.schema, self.config)
+            value_of(nothing.compute()["overall"], self.config.train.early_stopping.metric)
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.config.run_folder / "checkpoints" / checkpoint.name_of(step)
+
+    @property
+    def evaluated_step(self) -> int:
+        """Steps of the model that the run ends with: the best where it may stop early, else the newest."""
+        return self.step if self.stopping.best is None else self.stopping.best
 
     def _newest(self) -> Index:
         """The training data as it is now; equal on all ranks. Collective."""
@@ -105,11 +149,15 @@ class Trainer:
         return learning_rate_factor(self.config.dense, step, self.passes.at(step).total)
 
     def train(self, tracker: NoTracker, save: bool = True) -> dict[str, float]:
-        """Train to the end and save, if asked; returns seconds and rows per second of training alone.
+        """Train to the end, save if asked, and go back to the best checkpoint, where the run may stop early.
+
+        Returns:
+            Seconds and rows per second of training alone.
 
         Raises:
             Stopped: a rank was told to stop; what was done is saved.
-            UserError: a loss is not a number, data cannot be had, or the last checkpoint not written.
+            UserError: a loss is not a number, data cannot be had, the last checkpoint not written, or the best not
+                read.
         """
         config = self.config
         agreement = Agreement(config.checkpoint, self.process.timeout)
@@ -125,6 +173,7 @@ class Trainer:
             agreement.close()
             record.close()
         agreement.leave()
+        self._take_best()
         rows = self.passes.rows_until(self.step)
         return {"train_seconds": round(seconds, 2), "train_rows_per_s": round(rows / seconds, 1)}
 
@@ -132,8 +181,9 @@ class Trainer:
         config, batches = self.config, self.passes.batches()
         one = self.passes.at(self.step)
         begun = one if one.first < self.step else None  # an earlier start has told of it
-        self._evaluate_what_is_due(tracker, one, watch, again=True)
-        while not self.passes.finished:
+        if self._evaluate_what_is_due(tracker, watch, again=True):
+            self.save()
+        while not (self.passes.finished or self.stopping.done):
             agreement.begin(self.account.rows_of_lost_blocks(self.passes))
             seed_step(config.run.seed, self.step, self.process.rank)
             output = self.hybrid.train_step(batches)
@@ -151,20 +201,23 @@ class Trainer:
             self.account.count(one, self.step, len(rows))
             self._check_lost(one, agreement.lost_rows)
             is_told = self.step % config.train.log_every == 0 or self.step == one.total
-            if is_told or agreement.save:
+            if is_told or agreement.save or self._evaluation_is_due():
                 losses = self._losses(output)
             if is_told:
                 rate = watch.lap(self.passes.rows_until(self.step))
                 tracker.step(self.step, one.total, losses, round(rate, 1), self._news_of_ids())
-            if agreement.save:
-                self.save()
             if agreement.stop:
+                self.save()
                 self.writer.wait()
                 raise Stopped(
                     f"stopped by SIGTERM after step {self.step} of {one.total}, which is saved; the same command goes "
                     "on from there."
                 )
-            self._evaluate_what_is_due(tracker, one, watch)
+            is_best = self._evaluate_what_is_due(tracker, watch)
+            if agreement.save or is_best:
+                self.save()
+        if self.stopping.done and self.step < one.total:
+            tracker.say(f"stopped early after step {self.step} of {one.total}: {self.stopping.said()}")
 
     def _count_ids(self) -> dict[str, IdCounts]:
         return id_counts(self.hybrid.sharded, self.process.device)
@@ -183,18 +236,57 @@ class Trainer:
             )
         return losses
 
-    def _evaluate_what_is_due(self, tracker: NoTracker, one: Pass, watch: Stopwatch, again: bool = False) -> None:
-        """Evaluate data.valid if this step asks for it; `again`, if an earlier start has not. Collective."""
-        every = self.config.train.evaluate_every
-        if not every or self.step % every or not 0 < self.step < one.total or "valid" not in self.prepared.indexes:
-            return
+    def _evaluation_is_due(self) -> bool:
+        """Whether this step asks for an evaluation of data.valid."""
+        every, one = self.config.train.evaluate_every, self.passes.at(self.step - 1)
+        if not every or self.step == 0 or "valid" not in self.prepared.indexes:
+            return False
+        if self.step >= one.total:
+            return self.stopping.enabled  # else the run's own last evaluation follows
+        return self.step == one.end if every == "epoch" else self.step % every == 0
+
+    def _evaluate_what_is_due(self, tracker: NoTracker, watch: Stopwatch, again: bool = False) -> bool:
+        """Evaluate data.valid if this step asks for it; `again`, if an earlier start has not. Collective.
+
+        Returns:
+            Whether it is the best so far of a run that may stop early.
+        """
+        if not self._evaluation_is_due():
+            return False
+        is_told = [False]
         if again:
-            done = [tracker.has_evaluation(self.step)]
-            torch.distributed.broadcast_object_list(done)
-            if done[0]:
-                return
+            is_told = [tracker.has_evaluation(self.step)]
+            torch.distributed.broadcast_object_list(is_told)
+        # What is told has not been counted where the run died before it was saved.
+        if self.stopping.has_counted(self.step) if self.stopping.enabled else is_told[0]:
+            return False
+        self._check_best_is_written()
         with watch.pause():
-            tracker.evaluation(self.step, self.evaluate("valid"))
+            result = self.evaluate("valid")
+            is_best = self.stopping.count(self.step, result["overall"])
+        if not is_told[0]:
+            tracker.evaluation(self.step, "valid", result, self.stopping.news())
+            if self.stopping.enabled:
+                tracker.say(f"valid at step {self.step}: {self.stopping.said()}")
+        return is_best
+
+    def _check_best_is_written(self) -> None:
+        """Take a best back whose checkpoint could not be written. Collective."""
+        self.writer.settle()
+        if self.writer.fault is not None and self.saved == (self.stopping.best, self.stopping.standing):
+            self.stopping.take_back()
+
+    def _take_best(self) -> None:
+        """Load the best checkpoint, unless it is what is there. Collective.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if self.evaluated_step == self.step:
+            return
+        saved = checkpoint.read_state(self._checkpoint(self.evaluated_step))
+        self.converted += checkpoint.load_tables(saved, self.hybrid.sharded, with_optimizer=False)
+        checkpoint.load_dense_into_engine(saved, self.engine, with_optimizer=False)
 
     def _check_lost(self, one: Pass, lost_rows: int) -> None:
         """Refuse to go on when more of the data is lost than the config allows. Collective.
@@ -223,7 +315,7 @@ class Trainer:
         evaluator = self.prepared.kind.evaluator(self.prepared.schema, self.config)
         found = evaluate(self.prepared, evaluator, stream, self.hybrid.predict, self.hybrid.sharded)
         if keep:
-            keep_ranks(evaluator, self.prepared, split, self.step, self.config.run_folder)
+            keep_ranks(evaluator, self.prepared, split, self.evaluated_step, self.config.run_folder)
         return found
 
     def close(self) -> None:
@@ -231,15 +323,17 @@ class Trainer:
         self.engine.destroy()
 
     def save(self) -> None:
-        """Begin to write a checkpoint, unless this step has one. Collective."""
-        if self.step == self.saved_step:
+        """Begin to write a checkpoint, unless this step has one that says the same. Collective."""
+        self._check_best_is_written()
+        if (self.step, self.stopping.standing) == self.saved:
             return
-        self.saved_step = self.step
+        self.saved = (self.step, self.stopping.standing)
         store = self.prepared.store
         state = State(
             position=self.passes.position(self.step),
             summary=self.account.gather(self.passes),
             vectors=store.info.recipe if store else None,
+            early_stopping=self.stopping.standing,
         )
         self.writer.save(
             step=self.step,
@@ -248,6 +342,7 @@ class Trainer:
             state=to_dict(state),
             config=to_dict(self.config),
             plan=self.plan,
+            best=self.stopping.best,
         )
 
 

@@ -3,7 +3,7 @@
     checkpoints/step-00000100/  tables/rank-00000.safetensors   this rank's table shards and their optimizer state
                                 dense/rank-00000.safetensors    this rank's ranges of the dense parameters, likewise
                                 checkpoint.json                 what lies where, position, config, plan, checksums
-    checkpoints/latest          name of the newest folder
+    checkpoints/latest          name of the newest folder; its checkpoint.json names the best, if a run may stop early
 
 Every rank writes what it holds, and reads the slices that it needs of what others wrote:
 
@@ -14,7 +14,7 @@ Every rank writes what it holds, and reads the slices that it needs of what othe
 """
 
 from .dense import load_dense, load_dense_into_engine
-from .folder import LATEST, checkpoints, find, last_good, read_state
+from .folder import LATEST, best_first, checkpoints, find, last_good, name_of, read_state
 from .manifest import FORMAT, STATE_NAME, environment
 from .reader import Saved, read_manifest, verify
 from .tables import load_tables
@@ -26,6 +26,7 @@ __all__ = [
     "STATE_NAME",
     "Saved",
     "Writer",
+    "best_first",
     "checkpoints",
     "environment",
     "find",
@@ -33,6 +34,7 @@ __all__ = [
     "load_dense",
     "load_dense_into_engine",
     "load_tables",
+    "name_of",
     "read_manifest",
     "read_state",
     "verify",

@@ -37,7 +37,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the latest of a run or checkpoints folder.
+    """The checkpoint that `path` means: itself, or the one that stands for a run or checkpoints folder.
+
+    That is the latest, or the best that it names.
 
     Raises:
         UserError: there is none.
@@ -46,7 +48,13 @@ def find(path: Path) -> Path:
         if (folder / STATE_NAME).is_file():
             return folder
         if (found := latest(folder)) is not None:
-            return found
+            best = _best(read_manifest(found))
+            if not (best / STATE_NAME).is_file():
+                raise UserError(
+                    f"{found} names {best.name} the best checkpoint, which is gone: restore it, or give the path of "
+                    "another checkpoint."
+                )
+            return best
     raise UserError(f"no checkpoint at {path}: give a run folder, or a folder with {STATE_NAME}.")
 
 
@@ -62,18 +70,41 @@ def read_state(checkpoint: Path) -> Saved:
     return saved
 
 
-def last_good(folder: Path) -> Saved | None:
+def _best(saved: Saved) -> Path:
+    """The checkpoint that stands for the run, as one of its checkpoints says."""
+    best = saved.manifest.best
+    return saved.folder if best is None else saved.folder.with_name(name_of(best))
+
+
+def best_first(folder: Path) -> list[Path]:
+    """The checkpoint that stands for the run, as the newest that can be read says; then the others, newest first."""
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            best = _best(read_manifest(path))
+        except UserError:
+            continue
+        if best != path:
+            return [best, *(other for other in found if other != best)]
+        break
+    return found
+
+
+def last_good(folder: Path, best: bool = False) -> Saved | None:
     """The newest checkpoint of `folder` that is whole, None if there is none at all.
 
     Collective where there are ranks: all get the same.
 
+    Args:
+        best: rather the one that stands for the run (`best_first`).
+
     Returns:
-        The checkpoint; its `passed_over` says why each newer one was left aside.
+        The checkpoint; its `passed_over` says why each one before it was left aside.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
     """
-    names = [[path.name for path in checkpoints(folder)]]
+    names = [[path.name for path in (best_first if best else checkpoints)(folder)]]
     if dist.is_initialized():
         dist.broadcast_object_list(names)
     passed: list[str] = []

@@ -107,6 +107,7 @@ class Manifest:
         pending: of every managed table the ids that wait for a row.
         clock: steps that managed tables have seen, in this run and those that it started from; None where there are no
             such tables, or they have seen this run's steps.
+        best: step of the checkpoint that stands for the run, where that need not be the newest.
         sha256: of all the rest.
     """
 
@@ -122,6 +123,7 @@ class Manifest:
     files: dict[FileName, FileInfo]
     pending: dict[str, TensorInfo] = field(default_factory=dict)
     clock: int | None = Field(default=None, ge=0)
+    best: int | None = Field(default=None, ge=0)
     sha256: str = ""
 
     def groups(self) -> dict[str, dict[str, TensorInfo]]:

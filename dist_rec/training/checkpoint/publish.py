@@ -47,7 +47,7 @@ class Publisher(threading.Thread):
     Args:
         folder: of all checkpoints.
         partial: hidden folder in which the ranks write.
-        about: step, state, config, plan, environment and clock, as in the manifest.
+        about: step, state, config, plan, environment, clock and best, as in the manifest.
         ranks: how many write.
         keep: how many of the newest checkpoints stay.
     """
@@ -153,10 +153,11 @@ class Publisher(threading.Thread):
         sync(self.folder)
 
     def _retain(self) -> None:
-        """Keep the newest; what is newer still was left by a run that went on from an earlier step."""
-        found = checkpoints(self.folder)
+        """Keep the newest and the best; what is newer still was left by a run that went on from an earlier step."""
+        found, best = checkpoints(self.folder), self.about["best"]
         newest = found.index(self.final)
-        for path in found[:newest] + found[newest + self.keep :]:
+        old = [path for path in found[newest + self.keep :] if best is None or path.name != name_of(best)]
+        for path in found[:newest] + old:
             try:
                 remove(path, self.token)
             except OSError as error:

@@ -63,6 +63,7 @@ class Writer:
         state: dict[str, Any],
         config: dict[str, Any],
         plan: dict[str, Any],
+        best: int | None = None,
     ) -> None:
         """Save tables, dense parameters and optimizer states as they are now. Collective.
 
@@ -74,8 +75,10 @@ class Writer:
             state: JSON that resuming needs, such as the position in the data; rank 0's is written.
             config: the resolved config.
             plan: what `describe_plan` gave.
+            best: step of the checkpoint that stands for the run from now on, this one or an earlier one, and stays;
+                None where it is the newest.
         """
-        self._settle()
+        self.settle()
         contents = contents_of(sharded, engine)
         partial, background = self._agree(step, contents.bytes)
         if partial is None:
@@ -85,7 +88,7 @@ class Writer:
             self._pinned = contents.pinned_bytes
         if self.rank == 0:
             about = {"step": step, "state": state, "config": config, "plan": plan, "environment": environment()}
-            about["clock"] = contents.clock
+            about |= {"clock": contents.clock, "best": best}
             self._publisher = Publisher(self.folder, partial, about, self.ranks, self.config.keep)
             self._publisher.start()
         self._job = _Job(self.folder, partial, step, contents.described(), files)
@@ -103,14 +106,14 @@ class Writer:
         Raises:
             UserError: it could not be written.
         """
-        self._settle()
+        self.settle()
         if self.fault is not None:
             last = f"the last good one is {self.saved}" if self.saved else "there is none"
             raise UserError(f"the last checkpoint was not written: {self.fault}; {last}.")
         return self.saved
 
-    def _settle(self) -> None:
-        """Wait until the previous save is published or given up, and learn which."""
+    def settle(self) -> None:
+        """Wait until the previous save is published or given up, and learn which (`saved`, `fault`). Collective."""
         if self._job is None:
             return
         if self._job.is_alive():

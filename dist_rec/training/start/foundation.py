@@ -14,7 +14,7 @@ from ...errors import UserError
 from ...schema import Schema
 from ...strict import to_dict
 from ...text.store import VectorStore
-from ..checkpoint import Saved, checkpoints, read_manifest
+from ..checkpoint import Saved, best_first, read_manifest
 from ..kinds import kind_of
 from ..reading import retry_of
 from ..resume import changes
@@ -28,7 +28,7 @@ SHAPING = ("model.*", "tables.dim", "tables.overrides.*", "data.exclude_features
 
 @dataclass(frozen=True)
 class Foundation:
-    """A run to start from. `saved` is its newest checkpoint, whose files are not verified yet.
+    """A run to start from. `saved` is its best or newest checkpoint, whose files are not verified yet.
 
     `features` are those that it read, of its own `schema`.
     """
@@ -67,14 +67,14 @@ def read_foundation(run: str) -> Foundation:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"finetune.run: {folder} is no run folder, for it has no config.yaml: name one of `train`.")
     config = load_config(folder / "config.yaml")
-    newest, fault = None, "has no checkpoint yet: train it first"
-    for path in checkpoints(folder / "checkpoints"):
+    saved, fault = None, "has no checkpoint yet: train it first"
+    for path in best_first(folder / "checkpoints"):
         try:
-            newest = read_manifest(path)
+            saved = read_manifest(path)
             break
         except UserError as error:
             fault = f"has no checkpoint that can be read: {error}"
-    if newest is None:
+    if saved is None:
         raise UserError(f"finetune.run: {folder} {fault}")
     schema = read_schema(folder)
     if schema is None:
@@ -85,7 +85,7 @@ def read_foundation(run: str) -> Foundation:
                 f"finetune.run: {folder} was written before run folders kept their schema, and its data cannot be "
                 f"read: {error}"
             ) from None
-    return Foundation(folder, config, schema, newest, kind_of(config).features(schema, config))
+    return Foundation(folder, config, schema, saved, kind_of(config).features(schema, config))
 
 
 def foundation_faults(foundation: Foundation, config: Config, schema: Schema) -> list[str]:
