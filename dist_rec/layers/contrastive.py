@@ -30,6 +30,8 @@ from .reduction import Reduction
 
 # Scores that exist at a time.
 CHUNK = 2**20
+# Below it, exp(-2 / tau) is no normal number of single precision.
+LEAST_TEMPERATURE = 0.024
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
 TIE = 1e-6
 
@@ -101,7 +103,7 @@ def softmax_losses(
         identity: int64 `[P]`, y_p, not negative.
         sequence: int64 `[P]`, not negative, the number of p's sequence over all ranks.
         terms: as many on every rank.
-        temperature: tau.
+        temperature: tau, at least `LEAST_TEMPERATURE`.
         reduction: gathers positions and sums over ranks.
         official: keep every other occurrence of y_p in the denominator as exp(0) = 1, as the public code does, which
             sets those logits to 0 where it means to remove them.
@@ -129,7 +131,7 @@ def softmax_losses(
         others = totals[i, mine]
         if official:
             others = others + (weights[i, mine] - term.own).clamp_min(0) * math.exp(-1 / temperature)
-        # Where all others underflow, or there are none, the loss is 0 and so is its gradient.
+        # Where there are none the loss is 0, and so is its gradient.
         others = others.clamp_min(torch.finfo(others.dtype).tiny)
         found.append(-F.logsigmoid(positive - others.log()))
     return found

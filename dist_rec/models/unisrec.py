@@ -43,7 +43,16 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..layers.augment import Copy, Draws, augment, draw
 from ..layers.causal import CausalEncoder, Sequences
-from ..layers.contrastive import Candidates, Seen, Term, distinct, softmax_losses, target_ranks, unit
+from ..layers.contrastive import (
+    LEAST_TEMPERATURE,
+    Candidates,
+    Seen,
+    Term,
+    distinct,
+    softmax_losses,
+    target_ranks,
+    unit,
+)
 from ..layers.features import event_texts
 from ..layers.moves import place, take
 from ..layers.reduction import Reduction, full_precision, masked_means
@@ -120,7 +129,7 @@ class UniSRec(nn.Module):
         mask_history: leave the items of a row's history out of its ranking.
 
     Raises:
-        UserError: the schema has no sequences, or not one list of their items; widths do not fit.
+        UserError: the schema has not one list of items and one item; widths do not fit; the temperature is too low.
     """
 
     def __init__(
@@ -152,6 +161,8 @@ class UniSRec(nn.Module):
                 f"embedding is added to its vector, so set tables.overrides.{schema.table_of(self.item)}.dim: "
                 f"{config.width}, or model.width: {dim}."
             )
+        if config.temperature < LEAST_TEMPERATURE:
+            raise UserError(f"model.temperature {config.temperature:g}: float32 needs at least {LEAST_TEMPERATURE:g}.")
         self.text_width = text_width
         self.text_encoder = text_encoder if config.with_text else None
         self.encoder = CausalEncoder(config.encoder, config.width)
