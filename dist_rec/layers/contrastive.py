@@ -13,7 +13,8 @@ unit vector v_c, an identity and a weight w_c:
 
 Positions are gathered over ranks, each rank adds up its own candidates, and the sums are reduced: no rank sees
 another's candidates. Cosines bound the logits by 1 / tau, which is subtracted; no maximum is needed. Scores exist in
-chunks of `CHUNK` and are computed again in backward, so memory does not grow with positions times candidates.
+chunks of `CHUNK` and, where there are more than `KEPT`, are computed again in backward: memory does not grow with
+positions times candidates.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from torch.nn import functional as F
 
 from .reduction import Reduction
 
-# Scores that exist at a time.
+# Scores that exist at a time, and how many in all are kept for backward instead.
 CHUNK = 2**20
+KEPT = 2**24
 # Below it, exp(-2 / tau) is no normal number of single precision.
 LEAST_TEMPERATURE = 0.024
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
@@ -165,28 +167,32 @@ class _Partition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, temperature, count_same, *pairs):
-        ctx.save_for_backward(*pairs)
         ctx.temperature = temperature
-        pairs = _Pairs(*pairs)
-        weight = pairs.weight.to(pairs.states.dtype)
-        total, of_same = (pairs.states.new_zeros(len(pairs.states)) for _ in range(2))
-        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
-            scores, same = pairs.scores(rows, columns, temperature)
+        of = _Pairs(*pairs)
+        weight, size = of.weight.to(of.states.dtype), len(of.states)
+        total, of_same = (of.states.new_zeros(size) for _ in range(2))
+        kept = []
+        for rows, columns in _chunks(size, len(weight)):
+            scores, same = of.scores(rows, columns, temperature)
             total[rows] += scores @ weight[columns]
             if count_same:
                 of_same[rows] += same.to(weight.dtype) @ weight[columns]
+            if size * len(weight) <= KEPT:
+                kept.append(scores)
+        ctx.save_for_backward(*pairs, *kept)
         ctx.mark_non_differentiable(of_same)
         return total, of_same
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
-        pairs = _Pairs(*ctx.saved_tensors)
+        fields = len(_Pairs._fields)
+        pairs, kept = _Pairs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
         of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
         weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
-        for rows, columns in _chunks(len(pairs.states), len(pairs.vectors)):
-            scores = pairs.scores(rows, columns, ctx.temperature)[0]
-            scores.mul_(weight[columns]).mul_(gradient[rows, None])
+        for i, (rows, columns) in enumerate(_chunks(len(pairs.states), len(weight))):
+            scores = kept[i] if kept else pairs.scores(rows, columns, ctx.temperature)[0]
+            scores = (scores * weight[columns]).mul_(gradient[rows, None])
             of_states[rows].addmm_(scores, pairs.vectors[columns])
             of_vectors[columns].addmm_(scores.t(), pairs.states[rows])
         return None, None, of_states, None, None, of_vectors, None, None, None

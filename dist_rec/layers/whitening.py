@@ -49,7 +49,7 @@ class WhiteningMixture(nn.Module):
         dropped = self.dropout(x.expand(len(self.weight), *x.shape))
         # (x - b) W = x W - b W, and b W is one row an expert.
         experts = torch.baddbmm(-torch.bmm(self.bias[:, None], self.weight), dropped, self.weight)
-        return (gates.t()[:, :, None] * experts).sum(0)
+        return torch.einsum("tg,gth->th", gates, experts)
 
     def gates(self, x: Tensor) -> Tensor:
         """Share of each expert in each text, `[T, G]`, rows adding up to 1."""
