@@ -116,7 +116,7 @@ def test_chunks_change_nothing(monkeypatch, chunk):
     sequence, origin = torch.randint(0, 4, (30,)), torch.randint(0, 4, (23,))
     found = []
     for size, kept in ((30 * 23, 10**6), (chunk, 10**6), (chunk, 0)):
-        monkeypatch.setattr(contrastive, "CHUNK", size)
+        monkeypatch.setitem(contrastive.CHUNK, "cpu", size)
         monkeypatch.setattr(contrastive, "KEPT", kept)
         term = Term(positives, Candidates(vectors, candidate, weight, origin), 0.5)
         loss = loss_of(states, identity, term, True, sequence)
@@ -130,7 +130,7 @@ def test_chunks_change_nothing(monkeypatch, chunk):
 @pytest.mark.parametrize("kept", [0, 100])
 def test_gradients_of_chunks_are_right(monkeypatch, kept):
     monkeypatch.setattr(contrastive, "KEPT", kept)
-    monkeypatch.setattr(contrastive, "CHUNK", 6)
+    monkeypatch.setitem(contrastive.CHUNK, "cpu", 6)
     identity, candidate = torch.tensor([0, 1, 2, 1, 5]), torch.tensor([1, 4, 2, 7])
     sequence, origin = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 0, 0])
 
@@ -144,7 +144,7 @@ def test_gradients_of_chunks_are_right(monkeypatch, kept):
 
 
 def test_scores_are_never_all_there_at_once(monkeypatch):
-    monkeypatch.setattr(contrastive, "CHUNK", 64)
+    monkeypatch.setitem(contrastive.CHUNK, "cpu", 64)
     monkeypatch.setattr(contrastive, "KEPT", 1000)
     largest, plain = [], contrastive._Pairs.scores
 

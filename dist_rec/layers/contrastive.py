@@ -29,8 +29,9 @@ from torch.nn import functional as F
 
 from .reduction import Reduction
 
-# Scores that exist at a time, and how many in all are kept for backward instead.
-CHUNK = 2**20
+# Scores that exist at a time: what suits the caches of one, and hides the launches of the other.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
+# Up to how many scores in all are kept for backward.
 KEPT = 2**24
 # Below it, exp(-2 / tau) is no normal number of single precision.
 LEAST_TEMPERATURE = 0.024
@@ -172,7 +173,7 @@ class _Partition(torch.autograd.Function):
         weight, size = of.weight.to(of.states.dtype), len(of.states)
         total, of_same = (of.states.new_zeros(size) for _ in range(2))
         kept = []
-        for rows, columns in _chunks(size, len(weight)):
+        for rows, columns in _chunks(of.states, of.vectors):
             scores, same = of.scores(rows, columns, temperature)
             total[rows] += scores @ weight[columns]
             if count_same:
@@ -190,7 +191,7 @@ class _Partition(torch.autograd.Function):
         pairs, kept = _Pairs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
         of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
         weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
-        for i, (rows, columns) in enumerate(_chunks(len(pairs.states), len(weight))):
+        for i, (rows, columns) in enumerate(_chunks(pairs.states, pairs.vectors)):
             scores = kept[i] if kept else pairs.scores(rows, columns, ctx.temperature)[0]
             scores = (scores * weight[columns]).mul_(gradient[rows, None])
             of_states[rows].addmm_(scores, pairs.vectors[columns])
@@ -198,12 +199,13 @@ class _Partition(torch.autograd.Function):
         return None, None, of_states, None, None, of_vectors, None, None, None
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and columns with at most `CHUNK` scores each."""
-    wide = max(min(columns, math.isqrt(CHUNK)), 1)
-    high = max(CHUNK // wide, 1)
-    for row in range(0, rows, high):
-        for column in range(0, columns, wide):
+def _chunks(states: Tensor, vectors: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices of states and vectors with at most `CHUNK` scores each."""
+    most = CHUNK[states.device.type]
+    wide = max(min(len(vectors), math.isqrt(most)), 1)
+    high = max(most // wide, 1)
+    for row in range(0, len(states), high):
+        for column in range(0, len(vectors), wide):
             yield slice(row, row + high), slice(column, column + wide)
 
 
@@ -250,7 +252,7 @@ def target_ranks(
     # 2 * (higher) + ties
     behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
     columns = len(candidates.vectors)
-    high = max(CHUNK // max(columns, 1), 1)
+    high = max(CHUNK[states.device.type] // max(columns, 1), 1)
     for start in range(0, len(gathered) if columns else 0, high):
         rows = slice(start, start + high)
         difference = gathered[rows] @ candidates.vectors.t() - score[rows, None]

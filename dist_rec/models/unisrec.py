@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config.unisrec import UniSRecConfig
-from ..data.batch import Batch
+from ..data.batch import CANDIDATES, CANDIDATES_TEXT, Batch
 from ..errors import UserError
 from ..layers.augment import Copy, Draws, augment, draw
 from ..layers.causal import CausalEncoder, Sequences
@@ -59,8 +59,6 @@ from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.whitening import WhiteningMixture
 from ..schema import Kind, Role, Schema
 
-# Pseudo-features of a batch: the items that this rank compares with, all listed on its first row.
-CANDIDATES, CANDIDATES_TEXT = "candidates", "candidates_text"
 SEQUENCE_ITEM, SEQUENCE_SEQUENCE, TOTAL, RANK = "sequence_item", "sequence_sequence", "loss", "rank"
 
 
