@@ -154,12 +154,12 @@ def test_scores_are_never_all_there_at_once(monkeypatch):
         return found
 
     monkeypatch.setattr(contrastive._Pairs, "scores", watched)
-    states, vectors = units(40).requires_grad_(), units(30).requires_grad_()
-    term = Term(units(40), Candidates(vectors, torch.arange(30), torch.ones(30)), 0.0)
-    loss = loss_of(states, torch.randint(0, 30, (40,)), term)
+    states, vectors = units(40).requires_grad_(), units(100).requires_grad_()
+    term = Term(units(40), Candidates(vectors, torch.arange(100), torch.ones(100)), 0.0)
+    loss = loss_of(states, torch.randint(0, 100, (40,)), term)
     loss.sum().backward()
     # Forward, and again in backward.
-    assert sum(largest) == 2 * 40 * 30 and max(largest) <= 64
+    assert sum(largest) == 2 * 40 * 100 and max(largest) <= 64
 
 
 def test_the_least_temperature_is_exact_in_single_precision():
