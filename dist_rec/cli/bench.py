@@ -104,7 +104,7 @@ def bench_text(
 @app.command("sequences")
 def bench_sequences(
     users: Annotated[int, typer.Option(help="Sequences of an invented batch.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Turns that the two ways take.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Turns that the two ways take.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the invented rows, the weights and the draws.")] = 0,
     config: Annotated[
         Path | None, typer.Option(help="Of a UniSRec run (item: text, loss: in_batch) to measure on its own rows.")
