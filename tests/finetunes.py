@@ -8,10 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from conftest import SMALL_SCHEMA, build_small, run_command, small_table
+from safetensors.torch import load_file
 
 from dist_rec.data.build import build, parse_split
+from dist_rec.training import checkpoint
 
 SECONDS = 240
 FOUNDATION_ROWS = {"big": 330, "middle": 160, "tiny": 40}
@@ -65,3 +68,21 @@ def make_foundation(folder: Path) -> tuple[Path, str]:
     done = dist_rec("train", folder / "base.yaml")
     assert done.returncode == 0, done.stderr
     return folder / "runs" / "base", fresh
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """The flat weights of a run's checkpoint of one rank, by name."""
+    folder, found = checkpoint.find(run), {}
+    manifest = checkpoint.read_manifest(folder).manifest
+    for name, info in {**manifest.dense, **manifest.tables}.items():
+        kind = next(kind for kind in info.kinds if kind in ("parameter", "weight"))
+        pieces = sorted(info.pieces, key=lambda piece: piece.offset)
+        files = {piece.file: load_file(folder / piece.file) for piece in pieces}
+        parts = [
+            value.flatten()
+            for piece in pieces
+            for key, value in files[piece.file].items()
+            if key == checkpoint.reader.key_of(name, kind, piece.box)
+        ]
+        found[name] = torch.cat(parts)
+    return found

@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 from conftest import build_small
-from finetunes import build_fresh, dist_rec, foundation_config
+from finetunes import build_fresh, dist_rec, foundation_config, tensors
 from language_models import make_language_model
-from safetensors.torch import load_file
 
-from dist_rec.config import FinetuneConfig
+from dist_rec.config import FinetuneConfig, ModelConfig, UniSRecConfig
 from dist_rec.errors import UserError
 from dist_rec.finetune.derive import Wishes, derive
 from dist_rec.finetune.describe import describe
 from dist_rec.training import checkpoint
+from dist_rec.training.kinds import KINDS
 from dist_rec.training.prepare import prepare
 from dist_rec.training.start.freeze import Names, freeze_faults, frozen_names
 from dist_rec.training.start.old_domains import compared, read_old
@@ -41,6 +41,7 @@ NAMES = Names(
     | {"body.towers.layers.0.weight"},
     tables=["item", "item@1"],
     known={"item"},
+    levels=KINDS[ModelConfig].levels,
 )
 TRAINED = {
     "none": set(NAMES.all),
@@ -50,6 +51,21 @@ TRAINED = {
     "lora": {"tables.item@1", *NAMES.own, "text_encoder.model.layer.lora_A.default.weight"},
     "head": {"tables.item@1", "body.towers.layers.0.weight"},
 }
+
+
+SEQUENCES = Names(
+    dense=["adaptor.weight", "adaptor.gate", "encoder.input_norm.weight", "encoder.positions", "encoder.blocks.0.qkv"],
+    own=(),
+    tables=["item"],
+    known=(),
+    levels=KINDS[UniSRecConfig].levels,
+)
+
+
+@pytest.mark.parametrize("preset", ["L0+L1", "adaptor"])
+def test_a_preset_of_a_sequence_model_leaves_the_transformer_as_it_is(preset):
+    stays = frozen_names(FinetuneConfig(freeze=preset), SEQUENCES)
+    assert stays == {"encoder.positions", "encoder.blocks.0.qkv"}
 
 
 @pytest.mark.parametrize("preset", TRAINED)
@@ -99,24 +115,6 @@ def test_a_dry_run_counts_every_parameter_once(foundation):
     assert told["tables"]["item_id"]["trained"] == told["modules"]["user"]["trained"] == 0
     assert all(entry["trained"] + entry["frozen"] > 0 for entry in every)
     assert told["modules"]["entities.item.gate"]["frozen"] == 0
-
-
-def tensors(run) -> dict[str, torch.Tensor]:
-    """The flat weights of a run's checkpoint of one rank, by name."""
-    folder, found = checkpoint.find(run), {}
-    manifest = checkpoint.read_manifest(folder).manifest
-    for name, info in {**manifest.dense, **manifest.tables}.items():
-        kind = next(kind for kind in info.kinds if kind in ("parameter", "weight"))
-        pieces = sorted(info.pieces, key=lambda piece: piece.offset)
-        files = {piece.file: load_file(folder / piece.file) for piece in pieces}
-        parts = [
-            value.flatten()
-            for piece in pieces
-            for key, value in files[piece.file].items()
-            if key == checkpoint.reader.key_of(name, kind, piece.box)
-        ]
-        found[name] = torch.cat(parts)
-    return found
 
 
 @pytest.mark.parametrize(("stage", "ranks", "text"), [(0, 1, []), (1, 2, []), (3, 2, ["--dense.precision", "bf16"])])

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import run_command
+from finetunes import tensors
 from sequence_sets import NUM_USERS, WIDTH, build_sequences, config_of
 
 from dist_rec.config import Config, load_config
@@ -141,5 +143,11 @@ def test_a_pretrained_run_is_finetuned_with_ids(runs):
     assert config.data.catalogue == str(data / "catalogue") and config.model.item == "text+id"
     manifest = checkpoint.read_state(checkpoint.find(run)).manifest
     assert set(manifest.tables) == {"item_id"}
+    # As in the paper: positions and blocks of the transformer stay.
+    assert config.finetune.freeze == "adaptor"
+    before, after = tensors(pretrained), tensors(run)
+    for name in manifest.dense:
+        stays = name.startswith(("encoder.positions", "encoder.blocks."))
+        assert torch.equal(before[name], after[name]) == stays, name
     assert manifest.dense.keys() == checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
     assert evaluation(run)["overall"]["next"]["rows"] == NUM_USERS

@@ -20,7 +20,10 @@ def finetune(
     data: Annotated[str, typer.Option(help="The new domain's data set: the folder above its splits, or its train.")],
     name: Annotated[str | None, typer.Option(help="Of the new run; else RUN-DATA, beside RUN.")] = None,
     freeze: Annotated[
-        list[str] | None, typer.Option(help=f"What stays: {', '.join(PRESETS)}. Repeat it with --curve.")
+        list[str] | None,
+        typer.Option(
+            help=f"What stays: {', '.join(PRESETS)}; else none, or adaptor of a sequence model. Repeat it with --curve."
+        ),
     ] = None,
     domains: Annotated[
         str, typer.Option(help="What a new domain begins as: mean, nearest (by texts), or a domain's name.")
@@ -45,7 +48,7 @@ def finetune(
 
     Batch size, epochs and warm-up follow the number of rows; any key is overridden by --section.key value.
     """
-    presets = freeze or ["none"]
+    presets = freeze or []
     if unknown := [preset for preset in presets if preset not in PRESETS]:
         raise UserError(f"--freeze {unknown[0]} is not known: there is {', '.join(PRESETS)}.")
     if len(presets) > 1 and curve is None:
@@ -59,7 +62,9 @@ def finetune(
     from ..training.process import world_size
 
     ranks = max(world_size(), nproc_per_node)
-    wishes = Wishes(name=name, freeze=presets[0], domains=domains, train_names=train or [], keys=keys)
+    wishes = Wishes(
+        name=name, freeze=presets[0] if presets else None, domains=domains, train_names=train or [], keys=keys
+    )
     if curve is not None:
         from ..finetune.curve import draw_curve, parse_sizes
 

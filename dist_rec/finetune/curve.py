@@ -33,6 +33,7 @@ from ..files import lock
 from ..strict import from_dict
 from ..training.checkpoint import Saved
 from ..training.finetuning import start_of
+from ..training.kinds import kind_of
 from ..training.passes import fingerprint
 from ..training.prepare import prepare
 from ..training.prepared import Prepared
@@ -192,7 +193,7 @@ def draw_curve(
         run: the foundation's folder.
         data: the new domain's data, with a test split.
         wishes: as of a single run; `name` gives `out` its name.
-        presets: what stays, one line each.
+        presets: what stays, one line each; none is what is usual.
         sizes: numbers of rows; those of more rows than there are, are left out, and this is said.
         seeds: samples and starts, from the config's `run.seed` upwards.
         out: folder of curve.json and curve.png.
@@ -209,10 +210,16 @@ def draw_curve(
     if seeds < 1:
         raise UserError(f"--seeds {seeds} must be at least 1.")
     folder = Path(out) if out else Path(config.run.root) / f"{config.run.name}-curve"
+    kind = kind_of(config)
+    if not kind.heads(foundation.schema, config):
+        raise UserError(
+            f"--curve draws the AUC of tasks, and model.kind {config.model.kind} has none: finetune on `shards "
+            "sample`s of the data, and compare by `dist-rec evaluate --against`."
+        )
     curve = _Curve(foundation, splits, wishes, ranks, folder)
     rows = splits.rows
     counts = sorted({rows if size == ALL else size for size in sizes})
-    points = _points([n for n in counts if n <= rows], seeds, presets, curve.domains())
+    points = _points([n for n in counts if n <= rows], seeds, presets or [kind.usual_freeze], curve.domains())
     results = Results(folder, _settings(curve))
     # One of each kind, so that what is wrong is said before anything is trained.
     whole = splits.roots["train"]

@@ -17,6 +17,7 @@ from ..data.remote import Files, Unreadable
 from ..errors import UserError
 from ..schema import Schema
 from ..strict import from_dict, to_dict
+from ..training.kinds import kind_of
 from ..training.reading import retry_of
 from ..training.start.foundation import Foundation, read_foundation
 
@@ -115,10 +116,13 @@ def _is_data_set(root: str, config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the command line asks for: `domains` and `freeze` as in `finetune` of the config, and any other key."""
+    """What the command line asks for: `domains` and `freeze` as in `finetune` of the config, and any other key.
+
+    `freeze` None is what is usual for the foundation's kind of model.
+    """
 
     name: str | None = None
-    freeze: str = "none"
+    freeze: str | None = None
     domains: str = "mean"
     train_names: Sequence[str] = ()
     keys: dict[str, str] | None = None
@@ -138,7 +142,7 @@ def derive(run: Path, data: str, wishes: Wishes, ranks: int) -> tuple[Config, Fo
     tree["finetune"] = {
         "run": str(run),
         "domains": wishes.domains,
-        "freeze": wishes.freeze,
+        "freeze": wishes.freeze or kind_of(foundation.config).usual_freeze,
         "train_names": list(wishes.train_names),
     }
     override(tree, foundation, wishes.keys or {})

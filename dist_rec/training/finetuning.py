@@ -78,6 +78,7 @@ def names_of(prepared: Prepared, model: nn.Module) -> Names:
         own=own_parameters(model, prepared.schema, lambda schema: empty_model(prepared, schema)),
         tables=[spec.name for spec in prepared.specs],
         known=prepared.origin.tables,
+        levels=prepared.kind.levels,
     )
 
 

@@ -18,15 +18,24 @@ from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..schema import Feature, Schema
 from .evaluators import Evaluator, RankingEvaluator, TaskEvaluator
+from .start.freeze import Levels
 
 if TYPE_CHECKING:
     from ..embeddings.tables import TableSpec
 
 
 class Kind:
-    """One kind of model. `reads_catalogue`: whether `data.catalogue` means anything to it."""
+    """One kind of model.
+
+    Attributes:
+        reads_catalogue: whether `data.catalogue` means anything to it.
+        levels: what presets of finetuning call its parts.
+        usual_freeze: the preset that `dist-rec finetune` takes where none is asked for.
+    """
 
     reads_catalogue: ClassVar[bool] = False
+    levels: ClassVar[Levels]
+    usual_freeze: ClassVar[str] = "none"
 
     def reads_dropped(self, config: Config) -> bool:
         """Whether training reads `text.dropped_store`."""
@@ -103,6 +112,12 @@ class Kind:
 
 
 class _Foundation(Kind):
+    levels = Levels(
+        encoders=("text_encoder.", "text_projection.", "user.", "history_encoders.", "entities."),
+        adaptors=(),
+        heads=("body.towers.", "text_match."),
+    )
+
     def features(self, schema: Schema, config: Config) -> list[str]:
         text = config.text.mode != "none"
         history = config.model.history.kind != "none"
@@ -148,6 +163,9 @@ class _UniSRec(Kind):
     """Reads sequences: the history's ids and texts, the item's id and text. The rest of the data is left alone."""
 
     reads_catalogue = True
+    # As in the paper, whose finetuning leaves positions and blocks of the transformer alone.
+    levels = Levels(encoders=("text_encoder.", "encoder."), adaptors=("adaptor.", "encoder.input_norm."), heads=())
+    usual_freeze = "adaptor"
 
     def reads_dropped(self, config: Config) -> bool:
         return config.text.dropped_store is not None and config.model.contrast.drops_words
@@ -245,12 +263,12 @@ class _UniSRec(Kind):
         return config.model.encoder.layers
 
 
-_KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}
+KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}
 
 
 def kind_of(config: Config) -> Kind:
     """The kind of model that a config has."""
-    return _KINDS[type(config.model)]
+    return KINDS[type(config.model)]
 
 
 def item_of(schema: Schema, features: Sequence[str]) -> str | None:

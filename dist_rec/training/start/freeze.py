@@ -17,9 +17,17 @@ from ...errors import nearest
 
 TABLES = "tables."
 LANGUAGE_MODEL = "text_encoder."
-ENCODERS = (LANGUAGE_MODEL, "text_projection.", "user.", "history_encoders.", "entities.")
-HEADS = ("body.towers.", "text_match.")
 ADAPTER = ".lora_"
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The parts of a model's kind, as beginnings of names: `encoders` (L1), `adaptors`, which are a domain's own though
+    not stacked by domain, and `heads`."""
+
+    encoders: tuple[str, ...]
+    adaptors: tuple[str, ...]
+    heads: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,14 @@ class Names:
         own: those of them that are stacked by domain.
         tables: of the embedding tables.
         known: those of them that the foundation has; the others hold ids that are new.
+        levels: of the model's kind.
     """
 
     dense: Sequence[str]
     own: Collection[str]
     tables: Sequence[str]
     known: Collection[str]
+    levels: Levels
 
     @property
     def all(self) -> list[str]:
@@ -49,13 +59,13 @@ def _is_frozen(preset: str, name: str, names: Names) -> bool:
         return False
     if name.startswith(TABLES):
         return name.removeprefix(TABLES) in names.known
-    own = name in names.own
+    levels, own = names.levels, name in names.own or name.startswith(names.levels.adaptors)
     if preset == "L0":
         return False
     if preset == "L0+L1":
-        return name.startswith(ENCODERS) and not own
+        return name.startswith(levels.encoders) and not own
     if preset == "head":
-        return not name.startswith(HEADS)
+        return not name.startswith(levels.heads)
     adapter = preset == "lora" and name.startswith(LANGUAGE_MODEL) and ADAPTER in name
     return not (own or adapter)
 
@@ -69,7 +79,8 @@ def frozen_names(config: FinetuneConfig, names: Names) -> set[str]:
 
 def frozen_tables(config: FinetuneConfig, tables: Sequence[str], known: Collection[str]) -> set[str]:
     """Names of the tables that stay as they were."""
-    frozen = frozen_names(config, Names(dense=(), own=(), tables=tables, known=known))
+    names = Names(dense=(), own=(), tables=tables, known=known, levels=Levels((), (), ()))
+    frozen = frozen_names(config, names)
     return {name.removeprefix(TABLES) for name in frozen}
 
 
