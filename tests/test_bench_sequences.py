@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from conftest import run_command
+from sequence_sets import WIDTH, build_sequences, config_of
 
-from dist_rec.bench.sequences import SCHEMA, TEXT_WIDTH, invent
+from dist_rec.bench.sequences import SCHEMA, TEXT_WIDTH, bench_sequences, invent
 from dist_rec.bench.usual_sequences import Draws, UsualUniSRec, expand, take_weights
 from dist_rec.config.unisrec import AdaptorConfig, ContrastConfig, SequenceEncoderConfig, UniSRecConfig
 from dist_rec.errors import UserError
@@ -18,6 +20,7 @@ from dist_rec.layers import augment
 from dist_rec.layers.reduction import Reduction
 from dist_rec.models import unisrec
 from dist_rec.models.unisrec import UniSRec
+from dist_rec.text.embed import embed
 
 STILL = {
     "adaptor": AdaptorConfig(experts=3, dropout=0.0, noise=False),
@@ -129,3 +132,17 @@ def test_the_verb_tells_rates_and_sizes():
 def test_numbers_that_make_no_sense_are_refused(option):
     done = run_command([sys.executable, "-m", "dist_rec", "bench", "sequences", *option], 120)
     assert done.returncode == 2 and "must be at least" in done.stderr
+
+
+def test_a_config_is_measured_on_its_own_rows(tmp_path, tiny_model):
+    data = build_sequences(tmp_path)
+    embed([f"{data}/train"], tiny_model, str(tmp_path / "store"), max_tokens=32, store_dtype="float32")
+    tree = config_of(data, str(tmp_path / "store"), contrast={"weight": 0.1, "item_drop_share": 1.0})
+    (path := tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    found = bench_sequences(users=2, repeats=2, seed=0, config=path)
+    assert (found["data"], found["width"], found["text_width"], found["turns"]) == (str(path), WIDTH, 16, 2)
+    assert 0 < found["sequences"] <= 32 < found["rows"] and found["rows_per_s"] > 0
+    tree["model"]["loss"] = "full"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="loss: in_batch"):
+        bench_sequences(users=2, repeats=1, seed=0, config=path)

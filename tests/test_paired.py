@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
+from conftest import run_command
+from sequence_sets import NUM_USERS, build_sequences, config_of
 
 from dist_rec.errors import UserError
 from dist_rec.report.table import print_against
@@ -151,3 +156,34 @@ def test_the_table_shows_every_metric(tmp_path, capsys):
     print_against({"run": "other", "step": 9, **found}, 5, tmp_path)
     out = capsys.readouterr().out
     assert out.count("recall@10") == 3 and "books" in out and "95 % interval" in out and "400 users" in out
+
+
+def dist_rec(*arguments) -> tuple[int, str, str]:
+    done = run_command([sys.executable, "-m", "dist_rec", *map(str, arguments)], 180)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_two_runs_are_compared_by_the_verb(tmp_path):
+    tree = config_of(build_sequences(tmp_path), "", item="id", loss="full")
+    tree |= {"text": {"mode": "none"}, "run": {"root": str(tmp_path / "runs"), "seed": 5}}
+    (config := tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    long, short = tmp_path / "runs" / "long", tmp_path / "runs" / "short"
+    for run, epochs in ((long, 30), (short, 1)):
+        code, _, err = dist_rec("train", config, "--run.name", run.name, "--train.epochs", epochs)
+        assert code == 0, err
+    code, out, err = dist_rec("evaluate", long, "--against", short, "--json", "--nproc-per-node", 2)
+    assert code == 0, err
+    found = json.loads(out.splitlines()[-1])
+    against = found["against"]
+    assert (against["run"], against["paired_by"], against["resamples"]) == (str(short), "row", 10_000)
+    assert against["step"] < found["step"] and against["overall"]["users"] == NUM_USERS
+    metric = against["overall"]["metrics"]["mrr"]
+    before = json.loads((short / "evaluation.json").read_text())["overall"]["next"]["mrr"]
+    assert metric["other"] == pytest.approx(before, rel=1e-9)
+    assert metric["ours"] == pytest.approx(found["overall"]["next"]["mrr"], rel=1e-9)
+    assert metric["low"] <= metric["difference"] <= metric["high"] and 0 < metric["p"] <= 1
+    assert "95 % interval" in out and set(against["domains"]) == {"books", "films"}
+    code, _, err = dist_rec("evaluate", long, "--against", short, "--evaluate.mask_history", "true")
+    assert code == 2 and "mask_history True here and False there" in err
+    code, _, err = dist_rec("evaluate", long, "--against", short, "--split", "valid")
+    assert code == 2 and "--split valid" in err and "Traceback" not in err

@@ -251,7 +251,7 @@ class _UniSRec(Kind):
         )
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
-        return RankingEvaluator(schema, config.evaluate.at)
+        return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
 
     def most_events(self, config: Config) -> int:
         return config.model.encoder.max_length

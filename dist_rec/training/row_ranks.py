@@ -59,7 +59,7 @@ def keep_ranks(evaluator: Evaluator, prepared: Prepared, split: str, step: int, 
             data=fingerprint(prepared.indexes[split]),
             domains=ranks.domains,
             at=list(evaluator.at),
-            protocol=evaluator.protocol,
+            protocol={"candidates": prepared.num_items, **evaluator.protocol},
         )
         write_ranks(path_of(run, split), ranks, what)
 
