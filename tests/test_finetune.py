@@ -187,10 +187,11 @@ def test_features_that_the_foundation_did_not_read_are_left_out(foundation, tmp_
 @pytest.mark.parametrize(
     ("rows", "ranks", "expected"),
     [
-        (64, 1, Pace(16, 8, 16, 6)),
-        (1024, 1, Pace(32, 8, 8, 25)),
-        (4096, 1, Pace(128, 8, 8, 25)),
-        (4096, 12, Pace(96, 12, 6, 25)),
+        (64, 1, Pace(16, 8, 2, 0)),
+        (1024, 1, Pace(32, 8, 2, 6)),
+        (4096, 1, Pace(128, 8, 2, 6)),
+        (4096, 12, Pace(96, 12, 2, 8)),
+        (100_000, 1, Pace(2048, 8, 2, 9)),
         (10_000_000, 1, Pace(4096, 8, 1, 100)),
     ],
 )

@@ -134,13 +134,15 @@ def test_a_pretrained_run_is_finetuned_with_ids(runs):
     if not pretrained.name.startswith("in_batch"):
         pytest.skip("pretraining is in_batch")
     data = pretrained.parent.parent / "shards"
-    keys = {"--model.item": "text+id", "--model.loss": "full", "--model.contrast.weight": "0", "--train.steps": "2"}
+    keys = {"--model.item": "text+id", "--train.steps": "2"}
     given = [word for pair in keys.items() for word in pair]
     said = dist_rec("finetune", pretrained, "--data", data, "--name", "finetuned", *given)
     assert f"starting from {pretrained}" in said
     run = pretrained.parent / "finetuned"
     config = load_config(run / "config.yaml")
     assert config.data.catalogue == str(data / "catalogue") and config.model.item == "text+id"
+    assert config.model.loss == "full" and config.model.contrast.weight == 0 and config.text.dropped_store is None
+    assert config.train.early_stopping.metric == "next.ndcg@10" and config.train.evaluate_every == "epoch"
     manifest = checkpoint.read_state(checkpoint.find(run)).manifest
     assert set(manifest.tables) == {"item_id"}
     # As in the paper: positions and blocks of the transformer stay.

@@ -23,7 +23,7 @@ from ..training.start.foundation import Foundation, read_foundation
 
 # Steps that an epoch has at least, batches permitting, and that a run has about.
 EPOCH_STEPS, RUN_STEPS = 32, 256
-SMALLEST_BATCH, MOST_EPOCHS = 16, 16
+SMALLEST_BATCH = 16
 STREAMS = 8
 # Of a run's steps, how many its warm-up may take.
 WARM_UP_SHARE = 0.1
@@ -44,7 +44,8 @@ class Pace:
 
         * streams: 8, or the number of ranks if they are more;
         * batch: the largest `streams` * 2 ** k that leaves an epoch 32 steps, at least 16 and at most the foundation's;
-        * epochs: as many as make 256 steps, at least 1 and at most 16;
+        * epochs: as many as make 256 steps, at least 1 and at most the kind's, for a few rows seen often are learnt by
+          heart;
         * warm-up: the foundation's, at most a tenth of the steps.
 
         Args:
@@ -58,7 +59,7 @@ class Pace:
         while batch * 2 <= most:
             batch *= 2
         steps = -(-max(rows, 1) // batch)
-        epochs = min(max(-(-RUN_STEPS // steps), 1), MOST_EPOCHS)
+        epochs = min(max(-(-RUN_STEPS // steps), 1), kind_of(foundation).finetune_epochs)
         warmup = min(foundation.dense.warmup_steps, int(WARM_UP_SHARE * steps * epochs))
         return cls(batch, streams, epochs, warmup)
 
@@ -180,6 +181,7 @@ def derived_tree(foundation: Foundation, splits: Splits, rows: int, ranks: int) 
     # It would shrink what the domains without rows have of their own.
     tree["dense"] |= {"weight_decay": 0.0, "warmup_steps": pace.warmup_steps}
     tree["train"] |= {"epochs": pace.epochs, "steps": 0, "evaluate_every": 0, "early_stopping": {}}
+    kind_of(foundation.config).finetuned(tree)
     return tree
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -23,6 +23,9 @@ from .start.freeze import Levels
 if TYPE_CHECKING:
     from ..embeddings.tables import TableSpec
 
+# Of a finetuned sequence model that stops early.
+MOST_EPOCHS, METRIC = 300, "next.ndcg@10"
+
 
 class Kind:
     """One kind of model.
@@ -31,11 +34,13 @@ class Kind:
         reads_catalogue: whether `data.catalogue` means anything to it.
         levels: what presets of finetuning call its parts.
         usual_freeze: the preset that `dist-rec finetune` takes where none is asked for.
+        finetune_epochs: most epochs that it takes, where nothing says when to stop.
     """
 
     reads_catalogue: ClassVar[bool] = False
     levels: ClassVar[Levels]
     usual_freeze: ClassVar[str] = "none"
+    finetune_epochs: ClassVar[int]
 
     def reads_dropped(self, config: Config) -> bool:
         """Whether training reads `text.dropped_store`."""
@@ -98,6 +103,10 @@ class Kind:
         """A fresh one for a split."""
         raise NotImplementedError
 
+    def finetuned(self, tree: dict[str, Any]) -> None:
+        """Change in place what of a foundation's config, as a tree of values whose data is the new one, is another when
+        it is finetuned."""
+
     def most_events(self, config: Config) -> int:
         """Events of a history that the model reads."""
         raise NotImplementedError
@@ -117,6 +126,8 @@ class _Foundation(Kind):
         adaptors=(),
         heads=("body.towers.", "text_match."),
     )
+    # Chosen on validation rows of two domains (configs/experiments/cold_start.yaml) among 2, 4 and 16.
+    finetune_epochs = 2
 
     def features(self, schema: Schema, config: Config) -> list[str]:
         text = config.text.mode != "none"
@@ -166,6 +177,7 @@ class _UniSRec(Kind):
     # As in the paper, whose finetuning leaves positions and blocks of the transformer alone.
     levels = Levels(encoders=("text_encoder.", "encoder."), adaptors=("adaptor.", "encoder.input_norm."), heads=())
     usual_freeze = "adaptor"
+    finetune_epochs = 16
 
     def reads_dropped(self, config: Config) -> bool:
         return config.text.dropped_store is not None and config.model.contrast.drops_words
@@ -252,6 +264,19 @@ class _UniSRec(Kind):
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
+
+    def finetuned(self, tree: dict[str, Any]) -> None:
+        model, data = tree["model"], tree["data"]
+        # As the paper has it: the whole catalogue's softmax and no augmented copies.
+        model["contrast"]["weight"] = 0.0
+        if data["catalogue"] is not None and model["loss"] == "in_batch":
+            model["loss"] = "full"
+        tree["text"]["dropped_store"] = None
+        # What pretraining has no use for: an id's vector is added to a text's.
+        tree["tables"]["dim"] = model["width"]
+        if data["valid"] is not None and data["catalogue"] is not None:
+            stopping = {"metric": METRIC}
+            tree["train"] |= {"epochs": MOST_EPOCHS, "evaluate_every": "epoch", "early_stopping": stopping}
 
     def most_events(self, config: Config) -> int:
         return config.model.encoder.max_length
