@@ -247,6 +247,9 @@ def test_a_row_without_history_ranks_all_items_alike_and_one_without_item_ranks_
     output = whole(batch)
     assert float(output["rank"][0]) == 1 + (NUM_ITEMS - 1) / 2 and output["rank"][1].isnan()
     assert output["losses"]["sequence_item"] == 0
+    # Its own item is none of them, whichever there are.
+    output = whole(as_batch([Row(1, 0, [4])], 1, [4]))
+    assert float(output["rank"][0]) == 1
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -445,6 +448,14 @@ def test_a_schema_without_sequences_and_a_table_of_another_width_are_refused():
         UniSRec(FOUNDATION, config, {"item": WIDTH}, TEXT_WIDTH, None, list(FOUNDATION.features), Reduction())
     chosen = ["clicked", "clicked_title", "item", "title"]
     UniSRec(FOUNDATION, config, {"item": WIDTH}, TEXT_WIDTH, None, chosen, Reduction())
+
+
+def test_officially_a_catalogue_has_no_other_occurrence_of_a_target():
+    losses = []
+    for official in (False, True):
+        torch.manual_seed(0)
+        losses.append(Whole(loss="full", official=official)(as_batch(make_rows(), 12, EVERY_ITEM))["loss"])
+    torch.testing.assert_close(*losses)
 
 
 def test_a_loss_over_the_catalogue_needs_one():

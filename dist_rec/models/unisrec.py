@@ -14,10 +14,10 @@ prefix. That copy's states are no negatives of its own sequence's positions: whe
 positions share their partner, which cannot be both right and wrong.
 
 In evaluation the row's item alone is a target; losses are without augmentation, so L_SS then pairs states with
-themselves. An item without text is a vector of zeros before positions and embeddings are added: its cosine is 0 with
-everything, since nothing is known of it. A row without history has no state and no loss; it ranks all items alike.
-Sequences longer than `max_length` inputs keep their newest events. Identity 0 of a dictionary vocabulary stands for all
-items that it does not know, which are one item here.
+themselves. An item without text, or with an empty one, is a vector of zeros before positions and embeddings are added:
+its cosine is 0 with everything, since nothing is known of it. A row without history has no state and no loss; it ranks
+all items alike. Sequences longer than `max_length` inputs keep their newest events. Identity 0 of a dictionary
+vocabulary stands for all items that it does not know, which are one item here.
 
 `official` does what the authors' public code does where that differs from what it means to do: other positions with the
 same target stay in the denominators as exp(0) = 1; dropped items overwrite kept ones, and item drop or word drop is
@@ -209,7 +209,9 @@ class UniSRec(nn.Module):
         if not in_batch and candidates is None:
             raise ValueError(f"loss: {self.config.loss} on a batch without {CANDIDATES!r}")
         others = distinct(positives, identity) if in_batch else candidates
-        terms, valid = [Term(positives, others, float(in_batch))], [torch.ones_like(rows, dtype=torch.bool)]
+        # Of a catalogue, or a sample of it, no candidate is another occurrence of the target.
+        own = 1.0 if in_batch else torch.inf
+        terms, valid = [Term(positives, others, own)], [torch.ones_like(rows, dtype=torch.bool)]
         if contrasts:
             partners, paired = state, valid[0]
             if copy is not None:
@@ -223,7 +225,7 @@ class UniSRec(nn.Module):
         output = self._total(torch.stack(losses, 1), torch.stack(valid, 1))
         if not self.training and self._anyone_has(candidates):
             states, targets = (place(x, rows, len(batch)) for x in (state, positives))
-            output[RANK] = self._ranks(states, targets, place(identity, rows, len(batch)), candidates, batch, events)
+            output[RANK] = self._ranks(states, targets, candidates, batch, events)
         return output
 
     def _copy(self, batch: Batch, sequences: Sequences) -> Copy:
@@ -245,7 +247,7 @@ class UniSRec(nn.Module):
     def _identity(self, batch: Batch, events: _Events) -> Tensor:
         """int64 `[S]`."""
         unknown = batch.row.new_full((1,), -1)
-        items = unknown.expand(len(batch)).masked_scatter(events.has_item, batch.identity[self.item])
+        items = _of_rows(unknown, events.has_item, batch.identity[self.item])
         return events.read(batch.identity[self.history], batch.identity_lengths[self.history], items, unknown)
 
     def _texts(self, batch: Batch, events: _Events, inputs: Tensor, copy: Copy | None) -> _Texts:
@@ -253,7 +255,7 @@ class UniSRec(nn.Module):
         known = self._text_vectors(batch)
         missing = batch.row.new_full((1,), len(known))
         has_text = batch.text_lengths[self.item_text] > 0
-        items = missing.expand(len(batch)).masked_scatter(has_text, batch.text_index[self.item_text])
+        items = _of_rows(missing, has_text, batch.text_index[self.item_text])
         history, lengths = batch.text_index[self.history_text], batch.text_lengths[self.history_text]
         of_events, of_candidates = (
             torch.where(used < len(known), used, -1)
@@ -307,12 +309,11 @@ class UniSRec(nn.Module):
         self,
         states: Tensor,
         targets: Tensor,
-        identity: Tensor,
         candidates: Candidates,
         batch: Batch,
         events: _Events,
     ) -> Tensor:
-        seen = None
+        identity, seen = _of_rows(batch.row.new_full((1,), -1), events.has_item, batch.identity[self.item]), None
         if self.mask_history:
             seen = Seen(batch.identity[self.history], batch.identity_lengths[self.history])
         ranks = target_ranks(states, targets, identity, candidates, self.reduction, seen)
@@ -334,6 +335,11 @@ def _items(texts: tuple[Tensor, Tensor] | None, embedded: Tensor | None) -> Tens
         return embedded
     vectors = event_texts(*texts)
     return vectors if embedded is None else vectors + embedded
+
+
+def _of_rows(otherwise: Tensor, there: Tensor, values: Tensor) -> Tensor:
+    """`values` of the rows that are `there`, bool `[B]`; `otherwise` `[1]` of the others. `[B]`."""
+    return otherwise.expand(len(there)).masked_scatter(there, values)
 
 
 def _units(x: Tensor) -> Tensor:
