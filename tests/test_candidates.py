@@ -180,6 +180,18 @@ def test_batches_carry_identities_and_candidates(data):
         assert moved.candidate_weight.equal(batch.candidate_weight) and moved.identity.keys() == batch.identity.keys()
 
 
+def test_an_event_without_text_has_none_as_its_item_has(tmp_path):
+    rows = sequence_rows(20)
+    for row in rows:
+        row["history_text"][::2] = [None] * len(row["history_text"][::2])
+    data = build_sequences(tmp_path, rows)
+    batch = stream_of(data, Whole(read(data), 0, 1)).batch(0, 0)
+    none = len(batch.text_vectors)
+    for found in batch.text_index["history_text"].split(batch.text_lengths["history_text"].tolist()):
+        assert (found == none).tolist() == [place % 2 == 0 for place in range(len(found))]
+    assert (batch.text_index["title"] < none).all() and (batch.text_index[CANDIDATES_TEXT] == none).sum() == 1
+
+
 def test_without_tables_nothing_is_looked_up(data):
     batch = stream_of(data, Whole(read(data), 0, 1), look_up=False).batch(0, 0)
     assert batch.ids.keys() == [] and batch.id_lengths() == {}

@@ -19,9 +19,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from ..schema import Schema
+from .blocks import text_key
 from .candidates import CANDIDATES, CANDIDATES_TEXT, Share
 from .rows import Ragged, Rows
 from .vocabulary import IdMap, IdParts, part_name, undivided
+
+# What a history has where it lacks a text.
+_EMPTY = text_key("")
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Batch(Pipelineable):
             its keys stand one after the other.
         dense: per `dense` feature, float32 `[B, width]`, NaN where null.
         text_index: per text feature, int64 `[n]`, positions among the T texts, rows
-            concatenated; T is a candidate without a text.
+            concatenated; T is no text, of a candidate or an event.
         text_lengths: per text feature, int64 `[B]`, how many of those each row has.
         text_tokens: int64 `[T, L]` token ids, padded with 0; `[T, 0]` where not asked for.
         text_mask: bool `[T, L]`, True on real tokens.
@@ -121,7 +125,8 @@ def make_batch(
         vectors: makes of text keys, int64 `[T]`, and their tokens the frozen vectors, float32 `[T, D]`. None
             where the model needs none.
         id_maps: per feature what becomes of its ids; a feature without one keeps them.
-        identify: features whose ids the batch has as they are in the data, too.
+        identify: features whose ids the batch has as they are in the data, too. Where there are any, events of
+            histories are items like others, and an empty text is none.
         look_up: whether any ids are looked up: `ids` has none otherwise.
         candidates: of this batch.
 
@@ -153,6 +158,9 @@ def make_batch(
         identified[CANDIDATES] = _on_first_row(candidates.ids)
         if candidates.text_keys is not None:
             texts, keys, text_tokens = _with_texts(rows, candidates)
+    if identify and (is_empty := keys == _EMPTY).any():
+        number = np.append(np.where(is_empty, len(keys), np.arange(len(keys))), len(keys))
+        texts = {name: Ragged(number[used.values], used.offsets) for name, used in texts.items()}
     tokens, mask = _padded_tokens(text_tokens, len(keys))
     labels, valid = {}, {}
     for name in schema.labels:
