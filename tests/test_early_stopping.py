@@ -98,6 +98,7 @@ def test_a_metric_that_is_not_there_is_refused_with_all_that_are():
         ({"early_stopping": {"metric": "a.auc"}}, "train.early_stopping: needs train.evaluate_every"),
         ({"early_stopping": {"metric": "auc"}}, "train.early_stopping.metric: is <task>.<metric>"),
         ({"early_stopping": {"metric": "a.calibration"}}, "train.early_stopping.metric: calibration is neither"),
+        ({"early_stopping": {"metric": "next.unranked"}}, "train.early_stopping.metric: unranked is neither"),
         ({"evaluate_every": "epochs"}, "train.evaluate_every: is a number of steps >= 0, or epoch, got 'epochs'"),
         ({"evaluate_every": -1}, "train.evaluate_every: is a number of steps >= 0, or epoch, got -1"),
     ],

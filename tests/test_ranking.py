@@ -151,6 +151,10 @@ def test_the_evaluator_reads_batch_and_output(single):
     columns = {name: torch.as_tensor(column) for name, column in places().items()}
     evaluator.add_batch(SimpleNamespace(**columns), {"rank": columns["rank"]})
     assert evaluator.compute() == single and evaluator.ranks_rows
+    without = RankingEvaluator(schema, AT)
+    without.add_batch(SimpleNamespace(**columns), {})
+    found, rows = without.compute()["overall"]["next"], int(columns["valid"].sum())
+    assert (found["rows"], found["unranked"], found["mrr"]) == (0, rows, None)
 
 
 def test_kept_places_are_read_as_they_were_written(tmp_path):
@@ -175,6 +179,7 @@ def test_ranked_items_have_a_table_of_their_own(single, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "R@10" in lines[2] and "N@50" in lines[2] and "auc" not in lines[2]
     assert any("toys" in line for line in lines) and max(map(len, lines[:8])) <= 80
+    assert "…" not in "".join(lines)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -16,9 +16,10 @@ from sequence_sets import NUM_USERS, WIDTH, build_sequences, config_of
 from dist_rec.config import Config, load_config
 from dist_rec.data.index import read_index
 from dist_rec.errors import UserError
-from dist_rec.strict import from_dict
+from dist_rec.strict import from_dict, to_dict
 from dist_rec.text.embed import embed
 from dist_rec.training import checkpoint
+from dist_rec.training.kinds import kind_of
 from dist_rec.training.prepare import prepare
 
 SECONDS = 180
@@ -118,6 +119,11 @@ def test_tables_are_there_where_ids_are(runs):
         ("full", {"data": {"exclude_features": ["title"]}}, "reads the item's text, one feature, and none is there"),
         ("in_batch", {"text": {"dropped_store": "store"}}, "text.dropped_store .* no words dropped"),
         ("in_batch", {"text": {"store": "dropped"}}, "text.store .* has words dropped"),
+        (
+            "in_batch",
+            {"data": {"catalogue": None}, "train": {"evaluate_every": 1, "early_stopping": {"metric": "next.mrr"}}},
+            "train.early_stopping goes by places among the items of data.catalogue",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fault):
@@ -126,6 +132,15 @@ def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fau
         tree[section] |= {key: str(sequences / v) if "store" in key else v for key, v in keys.items()}
     with pytest.raises(UserError, match=fault):
         prepare(from_dict(Config, tree, "mine"))
+
+
+@pytest.mark.parametrize(("at", "metric"), [([1, 10, 50], "next.ndcg@10"), ([1, 5, 20], "next.ndcg@20")])
+def test_a_finetuned_run_stops_by_what_its_evaluations_have(at, metric):
+    tree = config_of("shards", "store") | {"evaluate": {"at": at}}
+    config = from_dict(Config, tree, "mine")
+    tree = to_dict(config)
+    kind_of(config).finetuned(tree)
+    assert tree["train"]["early_stopping"]["metric"] == metric
 
 
 def test_a_pretrained_run_is_finetuned_with_ids(runs):

@@ -70,7 +70,7 @@ class DenseConfig:
 
 
 # What an evaluation says beside how good a model is.
-UNORDERED = ("rows", "positives", "calibration", "mean_label", "mean_score")
+UNORDERED = ("rows", "unranked", "positives", "calibration", "mean_label", "mean_score")
 
 
 @strict

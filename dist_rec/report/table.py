@@ -17,17 +17,19 @@ def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
 
     Baselines, where there are, stand below the task whose rows they score.
     """
+    columns = columns_of(evaluation)
+    # The whole must fit 80 columns, or names of domains and numbers are cut.
+    apart = 1 if len(columns) <= len(COLUMNS) else 0
     table = Table(
         title=f"{evaluation['split']} split, step {evaluation['step']}",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=(0, apart, 0, 0),
     )
     table.add_column("domain")
     table.add_column("task")
-    for column in columns_of(evaluation):
-        # The whole must fit 80 columns, or names of domains are cut.
+    for column in columns:
         table.add_column(_short(column), justify="right")
     scope = None
     for line in evaluation_lines(evaluation):

@@ -142,7 +142,8 @@ def how_it_starts(prepared: Prepared, start: Saved, converted: list[str]) -> str
     origin, config = prepared.origin, prepared.config
     said = [f"dist-rec: passed over: {fault}" for fault in start.passed_over]
     said.append(f"dist-rec: starting from {start.folder}")
-    for domain, begun in origin.starts.items():
+    # What is no domain's own begins as it is.
+    for domain, begun in origin.starts.items() if prepared.names.own else ():
         said.append(f"  - domain {domain} begins as {f'the mean of {len(origin.domains)}' if begun == MEAN else begun}")
     if origin.left_out:
         said.append(f"  - left out, for the foundation did not read them: {', '.join(origin.left_out)}")

@@ -23,8 +23,8 @@ from .start.freeze import Levels
 if TYPE_CHECKING:
     from ..embeddings.tables import TableSpec
 
-# Of a finetuned sequence model that stops early.
-MOST_EPOCHS, METRIC = 300, "next.ndcg@10"
+# Of a finetuned sequence model that stops early: epochs, and the cut of the NDCG that it goes by.
+MOST_EPOCHS, STOPS_AT = 300, 10
 
 
 class Kind:
@@ -233,6 +233,11 @@ class _UniSRec(Kind):
                     f"model.kind unisrec reads {what}, one feature, and {found} there: build the data set as "
                     "sequences, or see data.exclude_features"
                 )
+        if config.train.early_stopping.metric is not None and config.data.catalogue is None:
+            faults.append(
+                "train.early_stopping goes by places among the items of data.catalogue, and there is none: name it, or "
+                "set train.early_stopping: null"
+            )
         item, histories = item_of(schema, features), [n for n in features if schema.features[n].kind == "ids"]
         for history in histories:
             if item is not None and schema.table_of(history) != schema.table_of(item):
@@ -275,7 +280,8 @@ class _UniSRec(Kind):
         # What pretraining has no use for: an id's vector is added to a text's.
         tree["tables"]["dim"] = model["width"]
         if data["valid"] is not None and data["catalogue"] is not None:
-            stopping = {"metric": METRIC}
+            at = tree["evaluate"]["at"]
+            stopping = {"metric": f"next.ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"}
             tree["train"] |= {"epochs": MOST_EPOCHS, "evaluate_every": "epoch", "early_stopping": stopping}
 
     def most_events(self, config: Config) -> int:
