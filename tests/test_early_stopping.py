@@ -288,6 +288,10 @@ def test_two_ranks_agree_and_go_on_bit_for_bit(config):
     assert names(both) == names(two) and evaluation(both)["step"] == evaluation(two)["step"]
     for name in names(two):
         assert tensors(both / "checkpoints" / name) == tensors(two / "checkpoints" / name)
+    # A run that was to be longer would not have evaluated there.
+    done = train(config, "two", "--train.steps", steps + 1, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "not bit for bit" in done.stderr and f"counted an evaluation after step {steps}, where none" in done.stderr
 
 
 def test_a_best_that_cannot_be_written_is_none(config, peace):

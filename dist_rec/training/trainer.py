@@ -58,6 +58,8 @@ class Trainer:
         self.stopping = EarlyStopping(config.train.early_stopping, state.early_stopping)
         self._check_best_is_there()
         self._check_something_is_left()
+        if self.stopping.has_counted(self.step) and not self._evaluation_is_due():
+            self.converted.append(f"early stopping has counted an evaluation after step {self.step}, where none is due")
         batch_rows = self.passes.stream.batch_rows
         tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
