@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dist_rec.errors import UserError
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.text.embed import embed
 from dist_rec.training import checkpoint
+from dist_rec.training.finetuning import how_it_starts
 from dist_rec.training.kinds import kind_of
 from dist_rec.training.prepare import prepare
 
@@ -141,6 +143,20 @@ def test_a_finetuned_run_stops_by_what_its_evaluations_have(at, metric):
     tree = to_dict(config)
     kind_of(config).finetuned(tree)
     assert tree["train"]["early_stopping"]["metric"] == metric
+
+
+@pytest.mark.parametrize("own", [set(), {"gates"}])
+def test_domains_begin_as_others_where_something_is_theirs_alone(own):
+    prepared = SimpleNamespace(
+        config=from_dict(Config, config_of("shards", "store"), "mine"),
+        origin=SimpleNamespace(starts={"games": "mean"}, domains=["books", "films"], left_out=[]),
+        names=SimpleNamespace(own=own),
+        specs=[],
+        indexes={"train": SimpleNamespace(rows_of=lambda domain: 1)},
+        schema=SimpleNamespace(domains=SimpleNamespace(names=["books", "films", "games"])),
+    )
+    said = how_it_starts(prepared, SimpleNamespace(folder="run", passed_over=[]), [])
+    assert ("games begins as the mean of 2" in said) == bool(own)
 
 
 def test_a_pretrained_run_is_finetuned_with_ids(runs):
