@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import gradients, run_ranks
-from sequence_rows import (
+from sequence_batches import (
     NUM_ITEMS,
     NUM_TEXTS,
     SCHEMA,

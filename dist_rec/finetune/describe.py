@@ -59,7 +59,7 @@ def describe(prepared: Prepared) -> dict[str, Any]:
         "run": str(config.run_folder),
         "foundation": {"run": origin.run, "step": origin.step, "domains": origin.domains},
         "freeze": config.finetune.freeze,
-        "domains": origin.starts,
+        "domains": origin.starts if names.own else {},
         "left_out": origin.left_out,
         "managed": of_managed(prepared),
         "rows": sum(prepared.indexes["train"].rows_of(d) for d in _read(prepared)),
