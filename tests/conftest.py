@@ -333,3 +333,15 @@ def raw_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no raw data at {folder}: set DIST_REC_RAW to the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def doubles():
+    """Seed 0, and float64 where nothing else is said."""
+    import torch
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -18,16 +18,8 @@ from dist_rec.layers.causal import Sequences
 from dist_rec.layers.contrastive import Candidates, Seen, Term, distinct, softmax_losses, target_ranks, unit
 from dist_rec.layers.reduction import Reduction, masked_means
 
+pytestmark = pytest.mark.usefixtures("doubles")
 TAU = 0.3
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def units(n: int, width: int = 5) -> Tensor:

@@ -19,16 +19,8 @@ from dist_rec.layers.per_domain import PerDomainLinear, per_domain_linear, sort_
 from dist_rec.layers.reduction import Reduction, masked_means
 from dist_rec.layers.sequence import HistoryEncoder
 
+pytestmark = pytest.mark.usefixtures("doubles")
 K = 3
-
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def _sorted_rows(sizes: list[int], width: int):

@@ -6,6 +6,7 @@ beside them, how it is built, and how it is measured.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 MOST_EPOCHS, STOPS_AT = 300, 10
 
 
-class Kind:
+class Kind(ABC):
     """One kind of model.
 
     Attributes:
@@ -46,9 +47,9 @@ class Kind:
         """Whether training reads `text.dropped_store`."""
         return False
 
+    @abstractmethod
     def features(self, schema: Schema, config: Config) -> list[str]:
         """The features that this config's model reads of the data, in schema order."""
-        raise NotImplementedError
 
     def looked_up(self, schema: Schema, config: Config, features: Sequence[str]) -> list[str]:
         """Those of `features` that are looked up in tables."""
@@ -82,6 +83,7 @@ class Kind:
         """What of the tables this config's model cannot do with."""
         return []
 
+    @abstractmethod
     def model(
         self,
         schema: Schema,
@@ -97,27 +99,27 @@ class Kind:
         Raises:
             UserError: there is none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finetuned(self, tree: dict[str, Any]) -> None:
         """Change in place what of a foundation's config, as a tree of values whose data is the new one, is another when
         it is finetuned."""
 
+    @abstractmethod
     def most_events(self, config: Config) -> int:
         """Events of a history that the model reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def used_by(self, parameter: str) -> Literal["event", "text", "row"]:
         """What uses a parameter of this name once: every event of a history, every distinct text, or every row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def attention_layers(self, config: Config, model: nn.Module) -> int:
         """Layers in which events attend to events."""
-        raise NotImplementedError
 
 
 class _Foundation(Kind):
@@ -156,6 +158,9 @@ class _Foundation(Kind):
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
+
+    def finetuned(self, tree: dict[str, Any]) -> None:
+        """Nothing."""
 
     def most_events(self, config: Config) -> int:
         return config.model.history.max_length
