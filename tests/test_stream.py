@@ -395,3 +395,20 @@ def test_the_background_reader_passes_faults_on_where_they_are(copied):
     with pytest.raises(ZeroDivisionError):
         next(stream.batches(epoch=0))
     assert not readers()
+
+
+def test_an_epoch_begins_anew_after_a_read_that_failed(small):
+    """The window before the one that could not be read is gone, too."""
+    stream, clean = open_stream(small, batch_size=16), open_stream(small, batch_size=16)
+    stream.batch(0, 0)
+    read = stream.reader.rows
+
+    def failing(number: int) -> Rows:
+        raise UserError("no such block")
+
+    stream.reader.rows, stream.streams[0].blocks.held = failing, {}
+    with pytest.raises(UserError, match="no such block"):
+        list(stream.batches(0))
+    stream.reader.rows = read
+    for found, wanted in zip(stream.batches(0), clean.batches(0), strict=True):
+        assert found.row.equal(wanted.row)

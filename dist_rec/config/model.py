@@ -193,10 +193,12 @@ class TextMatchConfig:
     its texts) and the item. They enter x and, with a weight of their own for each domain and task, the logits (ours).
 
     * `slope`: by how much a logit rises with each cosine before anything is learned.
+    * `speed`: how much faster than other parameters the slopes move: Adam moves each by about its learning rate a step.
     """
 
     enabled: bool = True
     slope: float = 5.0
+    speed: float = Field(default=10.0, gt=0)
 
 
 @strict

@@ -98,7 +98,8 @@ class _LogicalStream:
     def _load(self, window: int) -> None:
         pieces = self._expect(window)
         self.blocks.announce(self)
-        self.held = None  # not two windows at a time
+        # Not two windows at a time, and none where reading this one fails.
+        self.held, self.window = None, -1
         found = (self.blocks.rows(p.block).slice(p.start, p.stop) for p in pieces)
         counts = self.before[window + 1] - self.before[window]
         # Here and not batch by batch: one stream's window fits the processor's cache, all of them do not.

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from .per_domain import PerDomainLinear
 
-# s: how much faster than other parameters (Adam moves each by about its learning rate a step) the slopes may move.
-SPEED = 10.0
 # Cosine that says nothing either way where the slopes begin.
 MIDDLE = 0.5
 
@@ -29,18 +27,20 @@ class TextMatch(nn.Module):
         matches: J.
         tasks: number of logits.
         slope: by how much a logit rises with each cosine before anything is learned.
+        speed: s, by which a parameter is multiplied.
     """
 
-    def __init__(self, num_domains: int, matches: int, tasks: int, slope: float) -> None:
+    def __init__(self, num_domains: int, matches: int, tasks: int, slope: float, speed: float) -> None:
         super().__init__()
+        self.speed = speed
         self.map = PerDomainLinear(num_domains, 2 * matches, tasks)
-        nn.init.constant_(self.map.weight[:, :, :matches], slope / SPEED)
-        nn.init.constant_(self.map.weight[:, :, matches:], -MIDDLE * slope / SPEED)
+        nn.init.constant_(self.map.weight[:, :, :matches], slope / speed)
+        nn.init.constant_(self.map.weight[:, :, matches:], -MIDDLE * slope / speed)
         nn.init.zeros_(self.map.bias)
 
     def forward(self, matches: Tensor, sizes: Tensor) -> Tensor:
         """`matches` `[B, 2J]` of `cosines`, rows sorted by domain, `sizes` int64 `[K]` on the CPU -> `[B, tasks]`."""
-        return SPEED * self.map(matches[:, None], sizes)[:, 0]
+        return self.speed * self.map(matches[:, None], sizes)[:, 0]
 
 
 def mean_directions(directions: Tensor, index: Tensor, lengths: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ class FoundationModel(nn.Module):
             inputs = self.adaptation.outputs
         self.body = ExpertBody(config.body, inputs, num_domains, len(self.tasks))
         if self.matched:
-            self.text_match = TextMatch(num_domains, len(self.matched), len(self.tasks), config.text_match.slope)
+            match = config.text_match
+            self.text_match = TextMatch(num_domains, len(self.matched), len(self.tasks), match.slope, match.speed)
 
     def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
         """One step's predictions and losses.

@@ -18,7 +18,7 @@ from .boxes import Box
 from .manifest import Manifest, TensorInfo, key_of, parse_manifest
 
 # How much is read at once into a tensor that is there already.
-READ_BYTES = 64 << 20
+READ_BYTES = 16 << 20
 # Far below the number of files that a process may have open, as there may be a thousand ranks' files.
 MOST_OPEN_FILES = 64
 
