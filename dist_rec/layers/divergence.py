@@ -73,7 +73,7 @@ def mmd(
 
     with s the median of the squared distances between all different sampled rows, detached. It is
     an unbiased estimate, so it can be slightly negative. Pairs count whose domains both have two
-    sampled rows or more; 0 without such a pair. Time and memory grow with (K * samples)^2.
+    sampled rows or more; 0 without such a pair. Time and memory grow with the square of the sampled rows.
 
     At most `samples` rows of a domain are used: those with the smallest hash of (row number,
     key), the key being the sum of the global batch's row numbers, so that other rows are chosen
@@ -96,21 +96,20 @@ def mmd(
     points, chosen = _sample(full_precision(x), domain, valid, row, num_domains, samples, reduction)
     counts = chosen.sum(1)
     usable = counts >= 2
-    inside = (chosen & usable[:, None]).flatten()
-    flat = points.flatten(0, 1)
+    # Of the K * samples places most may be empty.
+    used = (chosen & usable[:, None]).flatten().nonzero()[:, 0]
+    flat = points.flatten(0, 1)[used]
     # |a|^2 + |b|^2 - 2ab loses digits far from the origin; distances do not move with the centre.
-    flat = flat - (flat.detach() * inside[:, None]).sum(0) / inside.sum().clamp_min(1)
-    pairs = inside[:, None] & inside[None, :]
-    pairs.fill_diagonal_(False)
-
+    flat = flat - flat.detach().sum(0) / max(len(flat), 1)
     squares = (flat * flat).sum(1)
     distances = (squares[:, None] + squares[None, :] - 2 * flat @ flat.t()).clamp_min(0)
-    median = distances.detach().masked_fill(~pairs, torch.nan).nanmedian()
+    itself = torch.eye(len(flat), dtype=torch.bool, device=x.device)
+    median = distances.detach().masked_fill(itself, torch.nan).nanmedian()
     scale = torch.where(median > 0, median, torch.ones_like(median))
     factors = [2.0 ** (m - (kernels - 1) / 2) for m in range(kernels)]
     similarity = sum(torch.exp(distances / (-factor * scale)) for factor in factors) / kernels
-    blocks = torch.where(pairs, similarity, similarity.new_zeros(()))
-    blocks = blocks.view(num_domains, samples, num_domains, samples).sum((1, 3))
+    members = F.one_hot(used // samples, num_domains).to(similarity.dtype)
+    blocks = members.t() @ similarity.masked_fill(itself, 0) @ members
 
     counts = counts.to(blocks.dtype)
     within = blocks.diagonal() / (counts * (counts - 1)).clamp_min(1)
