@@ -180,6 +180,17 @@ def test_batches_carry_identities_and_candidates(data):
         assert moved.candidate_weight.equal(batch.candidate_weight) and moved.identity.keys() == batch.identity.keys()
 
 
+def test_a_pass_of_evaluation_carries_the_catalogue_once(data):
+    stream = stream_of(data, Whole(read(data), 0, 1, once=True))
+    batches = [stream.batch(epoch, step) for epoch in (0, 1) for step in range(stream.steps)]
+    assert stream.steps > 2
+    assert [len(b.identity[CANDIDATES]) for b in batches] == 2 * [NUM_ITEMS, *[0] * (stream.steps - 1)]
+    # Tables are asked for the same keys in every batch; of texts, the batch's own are left.
+    assert len({tuple(b.ids.keys()) for b in batches}) == 1
+    used = torch.cat([batches[1].text_index[name] for name in ("history_text", "title", CANDIDATES_TEXT)])
+    assert sorted(set(used.tolist())) == list(range(len(batches[1].text_vectors)))
+
+
 def test_an_event_without_text_has_none_as_its_item_has(tmp_path):
     rows = sequence_rows(20)
     for row in rows:

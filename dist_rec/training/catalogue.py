@@ -22,7 +22,7 @@ from .reading import retry_of
 def candidates_of(prepared: Prepared, rank: int, world_size: int, training: bool) -> Candidates | None:
     """What a rank's batches are to tell the next item from; None where they have the targets of the batch alone.
 
-    Evaluation takes the whole catalogue. Collective, where a sample is drawn by popularity.
+    Evaluation takes the whole catalogue, with its first batch. Collective, where a sample is drawn by popularity.
 
     Args:
         training: whether the model is trained on the batches, rather than evaluated.
@@ -35,7 +35,7 @@ def candidates_of(prepared: Prepared, rank: int, world_size: int, training: bool
         return None
     catalogue = open_catalogue(prepared, rank)
     if not training or model.loss == "full":
-        return Whole(catalogue, rank, world_size)
+        return Whole(catalogue, rank, world_size, once=not training)
     if model.samples > len(catalogue):
         raise UserError(
             f"model.samples is {model.samples}, and the catalogue {prepared.config.data.catalogue} has "
