@@ -20,6 +20,7 @@ from dist_rec.errors import UserError
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.text.embed import embed
 from dist_rec.training import checkpoint
+from dist_rec.training.evaluate import evaluate_run
 from dist_rec.training.finetuning import how_it_starts
 from dist_rec.training.kinds import kind_of
 from dist_rec.training.prepare import prepare
@@ -71,9 +72,12 @@ def dist_rec(verb: str, *arguments) -> str:
     return done.stderr
 
 
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["losses"] for line in lines if "losses" in line]
+    return [line["losses"] for line in lines_of(run) if "losses" in line]
 
 
 def evaluation(run: Path, name: str = "evaluation") -> dict:
@@ -126,6 +130,11 @@ def test_tables_are_there_where_ids_are(runs):
             {"data": {"catalogue": None}, "train": {"evaluate_every": 1, "early_stopping": {"metric": "next.mrr"}}},
             "train.early_stopping goes by places among the items of data.catalogue",
         ),
+        (
+            "in_batch",
+            {"data": {"catalogue": None}, "train": {"evaluate_every": "epoch"}},
+            "train.evaluate_every: a sequence model is measured by .* data.catalogue, and there is none",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fault):
@@ -134,6 +143,29 @@ def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fau
         tree[section] |= {key: str(sequences / v) if "store" in key else v for key, v in keys.items()}
     with pytest.raises(UserError, match=fault):
         prepare(from_dict(Config, tree, "mine"))
+
+
+def test_a_run_without_a_catalogue_ends_without_an_evaluation_and_says_so(sequences):
+    tree, run = tree_of(sequences, "in_batch"), sequences / "runs" / "nothing-to-rank"
+    tree["run"]["name"] = run.name
+    tree["data"] |= {"catalogue": None, "valid": None, "test": None}
+    tree["train"]["steps"] = 2
+    (path := sequences / "nothing-to-rank.yaml").write_text(yaml.safe_dump(tree))
+    done = run_command([sys.executable, "-m", "dist_rec", "train", str(path), "--json"], SECONDS)
+    assert done.returncode == 0 and "step 2, not evaluated: a sequence model is measured by" in done.stdout, done.stderr
+    found = json.loads((run / "evaluation.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == {"run": str(run), **found}
+    assert (found["split"], found["step"], found["overall"], found["domains"]) == (None, 2, {}, {})
+    assert "data.catalogue" in found["not_evaluated"] and found["rates"].keys() == {"train_seconds", "train_rows_per_s"}
+    assert not list(run.glob("ranks-*")) and not any("evaluation" in line for line in lines_of(run))
+    # It is a finished run like any other.
+    again = run_command([sys.executable, "-m", "dist_rec", "train", str(path)], SECONDS)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+    with pytest.raises(UserError, match="cannot be evaluated: .* --data.catalogue"):
+        evaluate_run(load_config(run / "config.yaml"), run, "train")
+    catalogue = ["--data.catalogue", sequences / "shards" / "catalogue"]
+    dist_rec("evaluate", run, "--split", "train", *catalogue)
+    assert evaluation(run, "evaluation-train")["overall"]["next"]["unranked"] == 0
 
 
 @pytest.mark.parametrize(("at", "metric"), [([1, 10, 50], "next.ndcg@10"), ([1, 5, 20], "next.ndcg@20")])

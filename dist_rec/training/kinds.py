@@ -104,6 +104,10 @@ class Kind(ABC):
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
 
+    def not_evaluated(self, config: Config) -> str | None:
+        """Why there is nothing to measure of this config's model, in words; None where there is."""
+        return None
+
     @abstractmethod
     def finetuned(self, tree: dict[str, Any]) -> None:
         """Change in place what of a foundation's config, as a tree of values whose data is the new one, is another when
@@ -243,6 +247,8 @@ class _UniSRec(Kind):
                 "train.early_stopping goes by places among the items of data.catalogue, and there is none: name it, or "
                 "set train.early_stopping: null"
             )
+        elif config.train.evaluate_every and config.data.valid is not None and (why := self.not_evaluated(config)):
+            faults.append(f"train.evaluate_every: {why}: name it, or set train.evaluate_every: 0")
         item, histories = item_of(schema, features), [n for n in features if schema.features[n].kind == "ids"]
         for history in histories:
             if item is not None and schema.table_of(history) != schema.table_of(item):
@@ -274,6 +280,11 @@ class _UniSRec(Kind):
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
+
+    def not_evaluated(self, config: Config) -> str | None:
+        if config.data.catalogue is not None:
+            return None
+        return "a sequence model is measured by its items' places among those of data.catalogue, and there is none"
 
     def finetuned(self, tree: dict[str, Any]) -> None:
         model, data = tree["model"], tree["data"]
