@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..schema import Feature, Schema
 from .evaluators import Evaluator, RankingEvaluator, TaskEvaluator
+from .ranking import TASK
 from .start.freeze import Levels
 
 if TYPE_CHECKING:
@@ -107,6 +108,15 @@ class Kind(ABC):
     def not_evaluated(self, config: Config) -> str | None:
         """Why there is nothing to measure of this config's model, in words; None where there is."""
         return None
+
+    def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What an experiment's results tell of a run in keys of their own, beside metrics by task.
+
+        Args:
+            dataset: what the experiment calls the run's data.
+            overall: metrics by task.
+        """
+        return {}
 
     @abstractmethod
     def finetuned(self, tree: dict[str, Any]) -> None:
@@ -285,6 +295,10 @@ class _UniSRec(Kind):
         if config.data.catalogue is not None:
             return None
         return "a sequence model is measured by its items' places among those of data.catalogue, and there is none"
+
+    def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        is_pretrained = config.finetune.run is not None
+        return {"dataset": dataset, "mode": config.model.item, "pretrained": is_pretrained, **overall.get(TASK, {})}
 
     def finetuned(self, tree: dict[str, Any]) -> None:
         model, data = tree["model"], tree["data"]
