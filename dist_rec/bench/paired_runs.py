@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..errors import UserError
 from ..files import write_text
-from ..report.table import shown_p, signed
+from ..report.table import short, shown_p, signed
 from .experiment import Experiment, folder_of
 
 Entry = dict[str, Any]
@@ -128,7 +128,7 @@ def print_paired(entries: list[Entry]) -> None:
         for name, m in entry["overall"]["metrics"].items():
             interval = f"{signed(m['low'])} .. {signed(m['high'])}"
             values = [f"{m['ours']:.4f}", f"{m['other']:.4f}", signed(m["difference"]), interval, shown_p(m["p"])]
-            table.add_row(name, *values, *(signed(entry["by_seed"][name][str(s)]) for s in entry["seeds"]))
+            table.add_row(short(name), *values, *(signed(entry["by_seed"][name][str(s)]) for s in entry["seeds"]))
         console.print(table)
     if entries:
         whole = entries[0]

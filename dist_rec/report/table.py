@@ -44,7 +44,7 @@ def _table_of(evaluation: dict[str, Any]) -> Table:
     table.add_column("domain")
     table.add_column("task")
     for column in columns:
-        table.add_column(_short(column), justify="right")
+        table.add_column(short(column), justify="right")
     scope = None
     for line in evaluation_lines(evaluation):
         if line["scope"] == "all" and scope != "all":
@@ -63,7 +63,8 @@ def columns_of(evaluation: dict[str, Any]) -> list[str]:
     return ["rows", *(name for name in metrics if "@" in name and name != "ndcg@1"), "mrr"]
 
 
-def _short(column: str) -> str:
+def short(column: str) -> str:
+    """A metric's name as a table has it."""
     return {"calibration": "calib."}.get(column, column).replace("recall@", "R@").replace("ndcg@", "N@")
 
 
