@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..data.candidates import Candidates, Sampled, Whole
-from ..data.catalogue import Catalogue, count_events, read_catalogue
+from ..data.catalogue import Catalogue, contents, count_targets, read_catalogue
 from ..data.index import CATALOGUE
 from ..data.reader import ShardReader
 from ..errors import UserError
@@ -43,9 +43,9 @@ def candidates_of(prepared: Prepared, rank: int, world_size: int, training: bool
         )
     odds = None
     if model.sampling == "popularity":
-        if prepared.events is None:
-            prepared.events = _count(prepared, catalogue, rank, world_size)
-        odds = prepared.events + 1.0
+        if prepared.asked is None:
+            prepared.asked = _count(prepared, catalogue, rank, world_size)
+        odds = prepared.asked + 1.0
     return Sampled(catalogue, model.samples, prepared.config.run.seed, rank, world_size, odds)
 
 
@@ -73,18 +73,35 @@ def open_catalogue(prepared: Prepared, rank: int) -> Catalogue:
     return prepared.catalogue
 
 
+def catalogue_contents(prepared: Prepared) -> str | None:
+    """What the run's catalogue has, as a fingerprint: the same of data sets that were built apart from the same items.
+    None where items have no text to be known by.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    schema = prepared.indexes[CATALOGUE].schema
+    text = next(iter(schema.select("item", ("text",))), None)
+    item = item_of(schema, prepared.features)
+    if text is None:
+        return None
+    return contents(read_catalogue(_reader(prepared, CATALOGUE, [item, text], False), item, text), schema.domains.names)
+
+
 def _reader(prepared: Prepared, split: str, features: list[str], with_tokens: bool) -> ShardReader:
     retry = retry_of(prepared.config.data)
     return ShardReader(prepared.root(split), prepared.indexes[split], features, with_tokens, keep=1, retry=retry)
 
 
 def _count(prepared: Prepared, catalogue: Catalogue, rank: int, world_size: int) -> np.ndarray:
-    """Events of every item in the training rows, int64 `[M]`, from a pass over their ids of which each rank makes a
-    part. Collective."""
+    """How often the training rows ask for every item, int64 `[M]`, from a pass over their ids of which each rank makes
+    a part. Collective."""
     features = prepared.kind.identified(prepared.schema, prepared.config, prepared.features)
+    item = item_of(prepared.schema, features)
+    (history,) = (name for name in features if name != item)
     reader = _reader(prepared, "train", features, with_tokens=False)
     mine = range(rank, len(reader.places), world_size)
-    counts = count_events((reader.rows(number) for number in mine), features, catalogue)
+    counts = count_targets((reader.rows(number) for number in mine), history, item, catalogue)
     if world_size > 1:
         total = torch.from_numpy(counts).to(choose_device(prepared.config))
         dist.all_reduce(total)
