@@ -99,6 +99,27 @@ def test_pretrained_and_scratch_from_end_to_end(experiment, monkeypatch):
     assert paired_runs(load_experiment(experiment), done, results, runs) == [paired]
 
 
+def test_a_few_shot_curve_is_of_training_sequences(experiment):
+    """NDCG of finetuned models and of those from scratch, which know the new data alone: no others do."""
+    folder, out = experiment.parent, experiment.parent / "curve"
+    command = ["finetune", folder / "pretraining", "--data", folder / "shards", "--curve", "0,40", "--seeds", "1"]
+    said = dist_rec(*command, "--train.epochs", "2", "--out", out, "--json")
+    entries = json.loads((out / "curve.json").read_text())
+    assert [(e["n"], e["kind"], e["preset"], e["domain"]) for e in entries] == [
+        (n, kind, preset, domain)
+        for n, kind, preset in ((0, "finetuned", "adaptor"), (40, "finetuned", "adaptor"), (40, "scratch", None))
+        for domain in ("books", "films")
+    ]
+    for entry in entries:
+        assert entry["metric"] == "ndcg@10" and entry["auc"] is None
+        assert 0 < entry["ndcg"] < entry["recall"] <= 1
+    found = json.loads(said.splitlines()[-1])["summary"]
+    (tuned,) = (e for e in found if (e["n"], e["domain"], e["line"][:9]) == (40, "films", "finetuned"))
+    assert tuned["ndcg@10"] == entries[3]["ndcg"] and tuned["difference"] == entries[3]["ndcg"] - entries[5]["ndcg"]
+    assert (out / "curve.png").stat().st_size > 1000 and "NDCG@10 on the same test rows" in said
+    assert not (out / "runs").exists() or not list((out / "runs").iterdir())
+
+
 def test_what_pretrained_runs_start_from_must_be_there(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "_train", lambda *_: pytest.fail("trained"))
     tree = yaml.safe_load(experiment.read_text())

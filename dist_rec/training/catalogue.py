@@ -8,12 +8,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..config import Config
 from ..data.candidates import Candidates, Sampled, Whole
 from ..data.catalogue import Catalogue, contents, count_targets, read_catalogue
-from ..data.index import CATALOGUE
+from ..data.index import CATALOGUE, read_index
 from ..data.reader import ShardReader
+from ..data.vocabulary import tables_of, undivided
 from ..errors import UserError
-from .kinds import item_of
+from ..schema import Schema
+from .kinds import item_of, kind_of
 from .prepared import Prepared
 from .process import choose_device
 from .reading import retry_of
@@ -86,6 +89,25 @@ def catalogue_contents(prepared: Prepared) -> str | None:
     if text is None:
         return None
     return contents(read_catalogue(_reader(prepared, CATALOGUE, [item, text], False), item, text), schema.domains.names)
+
+
+def unread_tables(config: Config, schema: Schema, features: list[str]) -> frozenset[str]:
+    """Tables of whose ids a run reads none: of a data set that its own extends, pretraining's say, where the catalogue
+    has none of its items. Such a table has one row, for whatever else is met.
+
+    Raises:
+        UserError: the catalogue cannot be read, or is none.
+    """
+    kind, item, root = kind_of(config), item_of(schema, features), config.data.catalogue
+    if root is None or not kind.reads_catalogue or item not in kind.looked_up(schema, config, features):
+        return frozenset()
+    tables = tables_of(schema, config.tables.overrides)
+    parts = {name: ids for name, ids in tables.items() if undivided(name) == schema.table_of(item)}
+    if len(parts) == 1:
+        return frozenset()
+    retry = retry_of(config.data)
+    found = read_catalogue(ShardReader(root, read_index(root, retry), [item], keep=1, retry=retry), item, None).ids
+    return frozenset(name for name, ids in parts.items() if not ((found >= ids.start) & (found < ids.stop)).any())
 
 
 def _reader(prepared: Prepared, split: str, features: list[str], with_tokens: bool) -> ShardReader:

@@ -118,6 +118,10 @@ class Kind(ABC):
         """
         return {}
 
+    def drawn(self, config: Config) -> str:
+        """The metric of a task that a few-shot curve draws."""
+        return "auc"
+
     @abstractmethod
     def finetuned(self, tree: dict[str, Any]) -> None:
         """Change in place what of a foundation's config, as a tree of values whose data is the new one, is another when
@@ -296,6 +300,9 @@ class _UniSRec(Kind):
             return None
         return "a sequence model is measured by its items' places among those of data.catalogue, and there is none"
 
+    def drawn(self, config: Config) -> str:
+        return _first_ndcg(config.evaluate.at)
+
     def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
         is_pretrained = config.finetune.run is not None
         return {"dataset": dataset, "mode": config.model.item, "pretrained": is_pretrained, **overall.get(TASK, {})}
@@ -310,8 +317,7 @@ class _UniSRec(Kind):
         # What pretraining has no use for: an id's vector is added to a text's.
         tree["tables"]["dim"] = model["width"]
         if data["valid"] is not None and data["catalogue"] is not None:
-            at = tree["evaluate"]["at"]
-            stopping = {"metric": f"next.ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"}
+            stopping = {"metric": f"{TASK}.{_first_ndcg(tree['evaluate']['at'])}"}
             tree["train"] |= {"epochs": MOST_EPOCHS, "evaluate_every": "epoch", "early_stopping": stopping}
 
     def most_events(self, config: Config) -> int:
@@ -322,6 +328,11 @@ class _UniSRec(Kind):
 
     def attention_layers(self, config: Config, model: nn.Module) -> int:
         return config.model.encoder.layers
+
+
+def _first_ndcg(at: Sequence[int]) -> str:
+    """The NDCG to go by, of those with these cuts."""
+    return f"ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"
 
 
 KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}
