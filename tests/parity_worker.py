@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 3 tests/parity_worker.py DATA row_wise,table_wise 1,3 [section.key=value ..]
 
-A layout is a sharding type, and perhaps others for single tables: `row_wise+tags=table_wise`.
+DATA is a data set for a small foundation model, or configs of whichever models, a.yaml,b.yaml. A layout is a sharding
+type, and perhaps others for single tables: `row_wise+tags=table_wise`.
 
 Each rank trains its part with sharded tables and a ZeRO engine, and, beside it, the whole global
 batch with plain modules. For every layout and stage:
@@ -17,17 +18,21 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import yaml
 from hybrids import make_hybrid
+from sequence_batches import draws_of_rows
 from whole import full_parameters
 
 from dist_rec.config import Config, apply_overrides
 from dist_rec.embeddings.sharding import OPTIMIZERS, local_parts, optimizer_arguments, table_weights
 from dist_rec.embeddings.tables import EmbeddingTables, initial_rows
 from dist_rec.layers.reduction import Reduction
+from dist_rec.models.unisrec import UniSRec
 from dist_rec.strict import from_dict
 from dist_rec.training import setup
 from dist_rec.training.engine import parameter_groups
@@ -48,7 +53,7 @@ class Reference:
         self.stream = build_training_stream(prepared, 0, 1)
         self.halves = [spec.name for spec in prepared.specs if spec.precision == "fp16"]
         specs = {spec.name: replace(spec, precision="fp32") for spec in prepared.specs}
-        self.tables = EmbeddingTables(list(specs.values()), prepared.schema, config.tables, device)
+        self.tables = EmbeddingTables(list(specs.values()), prepared.given[0], config.tables, device)
         with torch.no_grad():
             for name, weight in self.weights().items():
                 weight.copy_(initial_rows(specs[name], config.tables, config.run.seed, 0, specs[name].rows))
@@ -56,9 +61,11 @@ class Reference:
         self.model = build_model(prepared, Reduction()).to(device)
         dense = torch.optim.SGD if config.dense.optimizer == "sgd" else torch.optim.AdamW
         self.optimizers = [
-            OPTIMIZERS[config.tables.optimizer](self.tables.parameters(), **optimizer_arguments(config.tables)),
-            dense(parameter_groups(self.model, config.dense, config.text), lr=config.dense.learning_rate),
+            dense(parameter_groups(self.model, config.dense, config.text), lr=config.dense.learning_rate)
         ]
+        if specs:
+            of_tables = OPTIMIZERS[config.tables.optimizer]
+            self.optimizers.append(of_tables(self.tables.parameters(), **optimizer_arguments(config.tables)))
 
     def weights(self):
         return {name.split(".")[-2]: p for name, p in self.tables.named_parameters()}
@@ -161,37 +168,52 @@ def report(layout, what, difference, where, limit):
 
 def main():
     data, layouts, stages, *overrides = sys.argv[1:]
-    base = {
+    bases = [base_of(one) for one in data.split(",")]
+    for base in bases:
+        apply_overrides(base, dict(o.split("=", 1) for o in overrides))
+    device = choose_device(from_dict(Config, bases[0], "parity"))
+    # What copies of sequences lack is drawn by each rank.
+    as_rows_say = mock.patch.object(UniSRec, "_draws", lambda _, batch, sequences: draws_of_rows(batch, sequences))
+    with process_group(from_dict(Config, bases[0], "parity"), device) as process, as_rows_say:
+        for base in bases:
+            check(base, layouts.split(","), [int(stage) for stage in stages.split(",")], process)
+    sys.exit(1 if FAULTS else 0)
+
+
+def base_of(data):
+    if data.endswith(".yaml"):
+        return yaml.safe_load(Path(data).read_text())
+    return {
         "data": {"train": data, "batch_size": 40, "streams": 8, "shuffle_window": 64},
         "tables": {"dim": 24, "init_std": 0.3},
         "model": {"width": 16, "history": {"dropout": 0.0, "feedforward": 16}, "regulariser": {"kind": "js"}},
     }
-    apply_overrides(base, dict(o.split("=", 1) for o in overrides))
+
+
+def check(base, layouts, stages, process):
     given = base["tables"].get("overrides", {})
-    device = choose_device(from_dict(Config, base, "parity"))
-    with process_group(from_dict(Config, base, "parity"), device) as process:
-        for layout in layouts.split(","):
-            sharding, *single = layout.split("+")
-            single = dict(part.split("=") for part in single)
-            base["tables"]["sharding"] = sharding
-            wanted = {table: {"sharding": other} for table, other in single.items()}
-            base["tables"]["overrides"] = {t: given.get(t, {}) | wanted.get(t, {}) for t in given | wanted}
-            rows_whole = CUTS_OF_ROWS.isdisjoint([sharding, *single.values()])
-            for stage in map(int, stages.split(",")):
-                name = f"{process.world_size} ranks {layout} ZeRO-{stage}"
-                sgd = {"optimizer": "sgd", "learning_rate": RATE}
-                base["dense"] = {"zero_stage": stage, **sgd}
-                base["tables"] |= sgd
-                base.setdefault("text", {})["learning_rate"] = RATE
-                check_sgd(prepare(from_dict(Config, base, "parity")), process, name)
-                base["dense"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
-                base["text"]["learning_rate"] = 1e-3
-                base["tables"] |= {
-                    "optimizer": "rowwise_adagrad" if rows_whole else "adagrad",
-                    "learning_rate": 0.02,
-                }
-                check_adaptive(prepare(from_dict(Config, base, "parity")), process, name)
-    sys.exit(1 if FAULTS else 0)
+    of_config = f" {base['run']['name']}" if "run" in base else ""
+    for layout in layouts:
+        sharding, *single = layout.split("+")
+        single = dict(part.split("=") for part in single)
+        base["tables"]["sharding"] = sharding
+        wanted = {table: {"sharding": other} for table, other in single.items()}
+        base["tables"]["overrides"] = {t: given.get(t, {}) | wanted.get(t, {}) for t in given | wanted}
+        rows_whole = CUTS_OF_ROWS.isdisjoint([sharding, *single.values()])
+        for stage in stages:
+            name = f"{process.world_size} ranks{of_config} {layout} ZeRO-{stage}"
+            sgd = {"optimizer": "sgd", "learning_rate": RATE}
+            base["dense"] = {"zero_stage": stage, **sgd}
+            base["tables"] |= sgd
+            base.setdefault("text", {})["learning_rate"] = RATE
+            check_sgd(prepare(from_dict(Config, base, "parity")), process, name)
+            base["dense"] |= {"optimizer": "adamw", "learning_rate": 1e-3}
+            base["text"]["learning_rate"] = 1e-3
+            base["tables"] |= {
+                "optimizer": "rowwise_adagrad" if rows_whole else "adagrad",
+                "learning_rate": 0.02,
+            }
+            check_adaptive(prepare(from_dict(Config, base, "parity")), process, name)
 
 
 if __name__ == "__main__":

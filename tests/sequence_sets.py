@@ -66,7 +66,13 @@ def sequence_rows(users: int = NUM_USERS, seed: int = 0) -> list[dict]:
     return rows
 
 
-def build_sequences(folder: Path, rows: list[dict] | None = None, items: list[dict] | None = None, **options) -> str:
+def build_sequences(
+    folder: Path,
+    rows: list[dict] | None = None,
+    items: list[dict] | None = None,
+    domains: tuple[str, ...] = DOMAINS,
+    **options,
+) -> str:
     """The data sets train, valid, test and catalogue below `folder`; returns their folder."""
     table = [{"split": "catalogue"} | item for item in (item_rows() if items is None else items)]
     names = ("split", "domain", "user", "history", "history_text", "item_id", "title", "next")
@@ -76,7 +82,7 @@ def build_sequences(folder: Path, rows: list[dict] | None = None, items: list[di
     everything = [{name: row.get(name) for name in names} for row in [*(rows or sequence_rows()), *table]]
     pq.write_table(pa.Table.from_pylist(everything, pa.schema(kinds)), folder / "raw.parquet")
     build(
-        from_dict(Schema, SCHEMA, "sequences"),
+        from_dict(Schema, SCHEMA | {"domains": {"names": list(domains)}}, "sequences"),
         [str(folder / "raw.parquet")],
         str(folder / "shards"),
         split=parse_split("column:split"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from dist_rec.config import Config
 from dist_rec.data.batch import Batch
 from dist_rec.data.blocks import text_key
 from dist_rec.data.candidates import CANDIDATES, CANDIDATES_TEXT, Sampled, Whole
-from dist_rec.data.catalogue import Catalogue, count_events, read_catalogue
+from dist_rec.data.catalogue import Catalogue, contents, count_targets, read_catalogue
 from dist_rec.data.index import read_index
 from dist_rec.data.order import Order
 from dist_rec.data.reader import ShardReader
@@ -130,16 +132,44 @@ def test_a_sample_of_all_is_the_catalogue():
     assert share.ids.tolist() == list(range(7, 47)) and share.weight == pytest.approx(1.0)
 
 
-def test_events_are_counted(data):
+def test_what_rows_ask_for_is_counted(data):
     catalogue, reader = read(data), reader_of(f"{data}/train", ["history", "item_id"])
-    found = count_events((reader.rows(n) for n in range(len(reader.places))), ["history", "item_id"], catalogue)
-    ids: list[int] = []
+    found = count_targets((reader.rows(n) for n in range(len(reader.places))), "history", "item_id", catalogue)
+    asked: list[int] = []
     for number in range(len(reader.places)):
         rows = reader.rows(number)
-        ids += rows.ids["history"].values.tolist() + rows.ids["item_id"].values.tolist()
-    assert found.tolist() == [ids.count(i) for i in catalogue.ids.tolist()] and found.sum() > 0
-    part = count_events([reader.rows(0)], ["item_id"], invented(3))
+        histories = np.split(rows.ids["history"].values, rows.ids["history"].offsets[1:-1])
+        for history, item in zip(histories, rows.ids["item_id"].values.tolist(), strict=True):
+            asked += [*history.tolist(), item][1:]
+    assert found.tolist() == [asked.count(i) for i in catalogue.ids.tolist()] and found.sum() > 0
+    part = count_targets([reader.rows(0)], "history", "item_id", invented(3))
     assert part.shape == (3,)
+
+
+def test_the_event_that_two_windows_share_is_counted_once():
+    """A sequence 7 8 9 7 10 whole, and cut into windows that overlap by an event; and what no row asks for."""
+    whole, cut = [([7, 8, 9, 7], 10)], [([7, 8], 9), ([9, 7], 10)]
+    odd = [([], 8), ([], None), ([8], None), ([9], 99)]
+
+    def counts(rows):
+        ids = {}
+        for name, lists in (("h", [h for h, _ in rows]), ("i", [[i] if i else [] for _, i in rows])):
+            values = np.array(sum(lists, []), np.int64)
+            ids[name] = Ragged.from_lengths(values, np.array([len(x) for x in lists], np.int64))
+        return count_targets([SimpleNamespace(ids=ids)], "h", "i", invented(4)).tolist()
+
+    assert counts(whole) == counts(cut) == [1, 1, 1, 1]
+    assert counts(odd) == [0, 0, 0, 0]
+
+
+def test_a_catalogue_is_known_by_its_items_however_it_is_built(data, tmp_path):
+    """Another order and other numbers are the same items; another text, or domain, is not."""
+    known = contents(read(data), ["books", "films"])
+    turned = [dict(item, item_id=f"other {item['item_id']}") for item in reversed(item_rows())]
+    assert contents(read(build_sequences(tmp_path / "turned", sequence_rows(9), turned)), ["books", "films"]) == known
+    assert contents(read(data), ["books", "games"]) != known
+    other = [dict(item_rows()[0], title="a thing of its own"), *item_rows()[1:]]
+    assert contents(read(build_sequences(tmp_path / "other", sequence_rows(9), other)), ["books", "films"]) != known
 
 
 def rows_of(batch: Batch, name: str) -> list[list[int]]:
@@ -178,6 +208,17 @@ def test_batches_carry_identities_and_candidates(data):
         assert len(set(key_of(batch.text_vectors))) == len(batch.text_vectors)
         moved = batch.to(torch.device("cpu"))
         assert moved.candidate_weight.equal(batch.candidate_weight) and moved.identity.keys() == batch.identity.keys()
+
+
+def test_a_pass_of_evaluation_carries_the_catalogue_once(data):
+    stream = stream_of(data, Whole(read(data), 0, 1, once=True))
+    batches = [stream.batch(epoch, step) for epoch in (0, 1) for step in range(stream.steps)]
+    assert stream.steps > 2
+    assert [len(b.identity[CANDIDATES]) for b in batches] == 2 * [NUM_ITEMS, *[0] * (stream.steps - 1)]
+    # Tables are asked for the same keys in every batch; of texts, the batch's own are left.
+    assert len({tuple(b.ids.keys()) for b in batches}) == 1
+    used = torch.cat([batches[1].text_index[name] for name in ("history_text", "title", CANDIDATES_TEXT)])
+    assert sorted(set(used.tolist())) == list(range(len(batches[1].text_vectors)))
 
 
 def test_an_event_without_text_has_none_as_its_item_has(tmp_path):

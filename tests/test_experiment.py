@@ -63,8 +63,9 @@ def trainings(monkeypatch) -> list[dict]:
             name: {"ctr": metrics(n, 9), "relevance": metrics(n, 5 if name == "middle" else 0)}
             for n, name in enumerate(DOMAINS)
         }
-        rates = {"train_rows_per_s": 1000.4, "train_seconds": 3.14}
-        return {"overall": {"ctr": metrics(5, 27), "relevance": metrics(5, 5)}, "domains": of_domain, "rates": rates}
+        told = {"rates": {"train_rows_per_s": 1000.4, "train_seconds": 3.14}, "split": "test", "step": 7}
+        told["summary"] = {"epochs": [{}, {}]}
+        return {"overall": {"ctr": metrics(5, 27), "relevance": metrics(5, 5)}, "domains": of_domain, **told}
 
     monkeypatch.setattr(experiments, "_train", train)
     return seen

@@ -136,6 +136,20 @@ def test_ids_are_dealt_to_parts_and_found_again():
     assert whole[place].tolist() == ids.values.tolist()
 
 
+def test_a_part_that_is_not_read_has_one_row():
+    ids = Ragged.from_lengths(np.array([3, 25, 9, 0, 19, 20, 8], np.int32), np.array([2, 0, 4, 1]))
+    maps = id_maps(SCHEMA, {}, FEATURES, {"item_id", "item_id@2"})
+    (firsts,) = {maps[name].firsts for name in ("item_id", "history")}
+    assert maps["item_id"].unread == {0, 2}
+    parts, _ = maps["item_id"](ids)
+    whole, _ = IdParts(firsts)(ids)
+    assert [p.lengths.tolist() for p in parts] == [p.lengths.tolist() for p in whole]
+    assert parts[1].values.tolist() == whole[1].values.tolist() and not any(parts[n].values.any() for n in (0, 2))
+    config = tables_config(item_id={"sharding": "row_wise"})
+    specs = {s.name: (s.rows, s.sharding) for s in table_specs(SCHEMA, config, FEATURES, unread={"item_id"})}
+    assert specs["item_id"] == (1, "auto") and specs["item_id@1"][0] > 1 and specs["item_id@1"][1] == "row_wise"
+
+
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("sets")

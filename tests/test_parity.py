@@ -8,7 +8,9 @@ import subprocess
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import SMALL_SCHEMA, build_small, run_hosts, run_ranks, small_table
+from sequence_sets import build_sequences, config_of
 
 from dist_rec.data.build import build
 from dist_rec.schema import Schema
@@ -18,12 +20,12 @@ from dist_rec.text.embed import embed
 
 def check_parity(ranks: int, data: str, layouts: str, stages: str, *overrides: str, seconds: float = 240) -> None:
     done = run_ranks(ranks, ["tests/parity_worker.py", data, layouts, stages, *overrides], seconds)
-    check_lines(done, layouts, stages)
+    check_lines(done, layouts, stages, models=len(data.split(",")))
 
 
-def check_lines(done: subprocess.CompletedProcess, layouts: str, stages: str) -> None:
+def check_lines(done: subprocess.CompletedProcess, layouts: str, stages: str, models: int = 1) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
-    expected = 3 * len(layouts.split(",")) * len(stages.split(","))
+    expected = 3 * len(layouts.split(",")) * len(stages.split(",")) * models
     assert done.returncode == 0 and len(lines) == expected, "\n".join(lines) + done.stderr[-3000:]
 
 
@@ -119,3 +121,33 @@ def test_hybrid_parity_of_texts(tmp_path, tiny_model):
     check_parity(3, data, "column_wise", "1,3", *full)
     embed([data], tiny_model, str(tmp_path / "store"))
     check_parity(3, data, "row_wise", "1", "text.mode=frozen", f"text.store={tmp_path / 'store'}", *gentle)
+
+
+@pytest.fixture(scope="module")
+def sequence_models(tmp_path_factory, tiny_model) -> str:
+    """Configs of every loss of a sequence model, with texts, and with ids beside them."""
+    folder = tmp_path_factory.mktemp("sequences")
+    data, stores = build_sequences(folder), [str(folder / name) for name in ("store", "dropped")]
+    for store, share in zip(stores, (0.0, 0.4), strict=True):
+        embed([f"{data}/train"], tiny_model, store, max_tokens=32, store_dtype="float32", word_drop=share)
+    models = {
+        "in_batch": {"contrast": {"weight": 0.5, "item_drop": 0.3, "word_drop": 0.4, "item_drop_share": 0.5}},
+        "full": {"item": "text+id", "loss": "full"},
+        "sampled": {"item": "text+id", "loss": "sampled", "samples": 13, "sampling": "popularity"},
+    }
+    paths = []
+    for name, model in models.items():
+        # A low temperature multiplies gradients, and with them what rounding changes.
+        tree = config_of(data, stores[0], temperature=0.5, **model)
+        tree["run"]["name"] = name
+        tree["text"]["dropped_store"] = stores[1] if name == "in_batch" else None
+        tree["tables"]["init_std"] = 0.3
+        (path := folder / f"{name}.yaml").write_text(yaml.safe_dump(tree))
+        paths.append(str(path))
+    return ",".join(paths)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_hybrid_parity_of_sequences(sequence_models, ranks):
+    """Negatives, copies and shares of the catalogue of all ranks, whose number need not divide the streams."""
+    check_parity(ranks, sequence_models, "row_wise", "1")

@@ -151,10 +151,6 @@ def test_the_evaluator_reads_batch_and_output(single):
     columns = {name: torch.as_tensor(column) for name, column in places().items()}
     evaluator.add_batch(SimpleNamespace(**columns), {"rank": columns["rank"]})
     assert evaluator.compute() == single and evaluator.ranks_rows
-    without = RankingEvaluator(schema, AT)
-    without.add_batch(SimpleNamespace(**columns), {})
-    found, rows = without.compute()["overall"]["next"], int(columns["valid"].sum())
-    assert (found["rows"], found["unranked"], found["mrr"]) == (0, rows, None)
 
 
 def test_kept_places_are_read_as_they_were_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -220,6 +221,26 @@ def test_ranks_of_items_are_those_of_all_ranks_candidates(item, mask_history):
     torch.testing.assert_close(outputs[0]["rank"][:10], one["rank"][:10])
     torch.testing.assert_close(outputs[2]["rank"][:4], one["rank"][10:14])
     assert outputs[1]["rank"].isnan().all()
+
+
+@pytest.mark.parametrize(("item", "loss"), [("text", "in_batch"), ("text+id", "full")])
+def test_a_catalogue_is_kept_for_the_batches_of_a_pass_that_list_none(item, loss):
+    """Ranks and losses as if every batch listed it, until the model trains."""
+    first, second = make_rows(14)[:8], make_rows(14)[8:]
+    whole = Whole(item=item, loss=loss).eval()
+    listed = whole(as_batch(second, 8, EVERY_ITEM))
+    whole(as_batch(first, 8, EVERY_ITEM))
+    kept = whole(as_batch(second, 8, []))
+    for key in ("rank", "loss"):
+        torch.testing.assert_close(kept[key], listed[key], equal_nan=True)
+    # The next pass is of other items.
+    whole(as_batch(first, 8, EVERY_ITEM[:9]))
+    assert (
+        float(kept["rank"].nan_to_num().max()) > 10 >= float(whole(as_batch(second, 8, []))["rank"].nan_to_num().max())
+    )
+    whole.train().eval()
+    with pytest.raises(ValueError, match="without 'candidates'") if loss == "full" else nullcontext():
+        assert "rank" not in whole(as_batch(second, 8, []))
 
 
 def test_evaluation_is_of_the_rows_item_alone_and_has_ranks_only_with_candidates():

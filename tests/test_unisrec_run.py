@@ -12,7 +12,7 @@ import torch
 import yaml
 from conftest import run_command
 from finetunes import tensors
-from sequence_sets import NUM_USERS, WIDTH, build_sequences, config_of
+from sequence_sets import NUM_ITEMS, NUM_USERS, WIDTH, build_sequences, config_of, item_rows, sequence_rows
 
 from dist_rec.config import Config, load_config
 from dist_rec.data.index import read_index
@@ -20,6 +20,7 @@ from dist_rec.errors import UserError
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.text.embed import embed
 from dist_rec.training import checkpoint
+from dist_rec.training.evaluate import evaluate_run
 from dist_rec.training.finetuning import how_it_starts
 from dist_rec.training.kinds import kind_of
 from dist_rec.training.prepare import prepare
@@ -71,9 +72,12 @@ def dist_rec(verb: str, *arguments) -> str:
     return done.stderr
 
 
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["losses"] for line in lines if "losses" in line]
+    return [line["losses"] for line in lines_of(run) if "losses" in line]
 
 
 def evaluation(run: Path, name: str = "evaluation") -> dict:
@@ -104,6 +108,19 @@ def test_evaluate_says_what_training_said(runs):
     assert set(evaluation(runs[1], "evaluation-valid")["domains"]) == {"books", "films"}
 
 
+def test_a_report_has_curves_and_metrics_by_domain_and_no_gates(runs):
+    if not runs[0].name.startswith("full"):
+        pytest.skip("one will do")
+    dist_rec("report", runs[0])
+    told, page = json.loads((runs[0] / "report.json").read_text()), (runs[0] / "report.html").read_text()
+    assert "of foundation models" in told["left_out"]["aspects' gates, experts and distances of domains"]
+    assert told["evaluation"]["overall"] == evaluation(runs[0])["overall"]
+    assert {"recall@10", "ndcg@10", "mrr"} <= told["curves"]["evaluation"].keys()
+    assert [*told["curves"]["losses"]] == ["sequence_item", "loss"]
+    assert all(said in page for said in ("<th>recall@10", "books", "films", 'id="curves"', "item_id"))
+    assert 'id="distances"' not in page and "Figures of gates" not in page
+
+
 def test_tables_are_there_where_ids_are(runs):
     tables = checkpoint.read_state(checkpoint.find(runs[1])).manifest.tables
     if runs[1].name.startswith("in_batch"):
@@ -126,6 +143,11 @@ def test_tables_are_there_where_ids_are(runs):
             {"data": {"catalogue": None}, "train": {"evaluate_every": 1, "early_stopping": {"metric": "next.mrr"}}},
             "train.early_stopping goes by places among the items of data.catalogue",
         ),
+        (
+            "in_batch",
+            {"data": {"catalogue": None}, "train": {"evaluate_every": "epoch"}},
+            "train.evaluate_every: a sequence model is measured by .* data.catalogue, and there is none",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fault):
@@ -134,6 +156,32 @@ def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fau
         tree[section] |= {key: str(sequences / v) if "store" in key else v for key, v in keys.items()}
     with pytest.raises(UserError, match=fault):
         prepare(from_dict(Config, tree, "mine"))
+
+
+def test_a_run_without_a_catalogue_ends_without_an_evaluation_and_says_so(sequences):
+    tree, run = tree_of(sequences, "in_batch"), sequences / "runs" / "nothing-to-rank"
+    tree["run"]["name"] = run.name
+    tree["data"] |= {"catalogue": None, "valid": None, "test": None}
+    tree["train"]["steps"] = 2
+    (path := sequences / "nothing-to-rank.yaml").write_text(yaml.safe_dump(tree))
+    done = run_command([sys.executable, "-m", "dist_rec", "train", str(path), "--json"], SECONDS)
+    assert done.returncode == 0 and "step 2, not evaluated: a sequence model is measured by" in done.stdout, done.stderr
+    found = json.loads((run / "evaluation.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == {"run": str(run), **found}
+    assert (found["split"], found["step"], found["overall"], found["domains"]) == (None, 2, {}, {})
+    assert "data.catalogue" in found["not_evaluated"] and found["rates"].keys() == {"train_seconds", "train_rows_per_s"}
+    assert not list(run.glob("ranks-*")) and not any("evaluation" in line for line in lines_of(run))
+    # It is a finished run like any other.
+    again = run_command([sys.executable, "-m", "dist_rec", "train", str(path)], SECONDS)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
+    dist_rec("report", run, "--split", "train")
+    told = json.loads((run / "report.json").read_text())
+    assert told["left_out"]["evaluation"] == found["not_evaluated"] and told["curves"]["losses"]["sequence_sequence"]
+    with pytest.raises(UserError, match="cannot be evaluated: .* --data.catalogue"):
+        evaluate_run(load_config(run / "config.yaml"), run, "train")
+    catalogue = ["--data.catalogue", sequences / "shards" / "catalogue"]
+    dist_rec("evaluate", run, "--split", "train", *catalogue)
+    assert evaluation(run, "evaluation-train")["overall"]["next"]["unranked"] == 0
 
 
 @pytest.mark.parametrize(("at", "metric"), [([1, 10, 50], "next.ndcg@10"), ([1, 5, 20], "next.ndcg@20")])
@@ -157,6 +205,41 @@ def test_domains_begin_as_others_where_something_is_theirs_alone(own):
     )
     said = how_it_starts(prepared, SimpleNamespace(folder="run", passed_over=[]), [])
     assert ("games begins as the mean of 2" in said) == bool(own)
+
+
+def test_ids_of_pretraining_have_no_rows_where_the_catalogue_has_none_of_them(tmp_path):
+    """A data set of other items that extends a first one, of which its runs read nothing."""
+    first, others = build_sequences(tmp_path / "first"), {f"i{n}": f"j{n}" for n in range(NUM_ITEMS)}
+    rows = [row | {"item_id": others[row["item_id"]], "domain": "games"} for row in sequence_rows(40)]
+    rows = [row | {"history": [others[item] for item in row["history"]]} for row in rows]
+    items = [item | {"item_id": others[item["item_id"]], "domain": "games"} for item in item_rows()]
+    extended = build_sequences(tmp_path / "extended", rows, items, ("games",), extends=first)
+
+    def tree_of(data: str) -> dict:
+        tree = config_of(data, "", item="id", loss="full") | {"text": {"mode": "none"}}
+        # One row could not be cut so.
+        tree["tables"]["sharding"] = "row_wise"
+        return tree
+
+    tree = tree_of(extended)
+    tree["run"] = {"root": str(tmp_path / "runs")}
+    tree["data"]["domains"] = ["games"]
+    found = prepare(from_dict(Config, tree, "mine"))
+    assert {s.name: s.rows for s in found.specs} == {"item_id": 1, "item_id@1": NUM_ITEMS} and found.unread == {
+        "item_id"
+    }
+    # A catalogue with items of before needs their rows.
+    whole = prepare(from_dict(Config, tree_of(first), "mine"))
+    assert [s.rows for s in whole.specs] == [NUM_ITEMS + 1] and not whole.unread
+    (path := tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    dist_rec("train", path, "--nproc-per-node", "2", "--train.steps", "3")
+    run = tmp_path / "runs" / "run"
+    tables = checkpoint.read_state(checkpoint.find(run)).manifest.tables
+    assert {name: table.shape[0] for name, table in tables.items()} == {"item_id": 1, "item_id@1": NUM_ITEMS}
+    before = evaluation(run)["overall"]["next"]
+    assert before["rows"] == 40 and before["mrr"] > 0
+    dist_rec("evaluate", run)
+    assert evaluation(run)["overall"]["next"] == pytest.approx(before, abs=1e-9)
 
 
 def test_a_pretrained_run_is_finetuned_with_ids(runs):

@@ -9,9 +9,11 @@ An experiment file holds a whole training config under `config`, and what varies
     comparisons: {bodies: {reference: mmoe, variants: [mmoe, ple, single]}}
 
 A variant with `per_domain` is one run for each domain of its data, trained on that domain alone; of each only the
-figures of its domain count. One with `splits` has runs on those alone. Each run is a torchrun of its own. Results are a
-JSON list that grows run by run, so an interrupted experiment goes on where it stopped. Knows no model: a run is what
-`train` does. What the results say is told by `compare.py`.
+figures of its domain count. One with `splits` has runs on those alone. One with `pretrained` starts from the run that
+the split names as `finetune.run`, which the others leave alone; so a split is a data set, with what there is to start
+from. Each run is a torchrun of its own. Results are a JSON list that grows run by run, so an interrupted experiment
+goes on where it stopped. Knows no model: a run is what `train` does. What the results say is told by `compare.py`,
+and by `paired_runs.py` where runs keep every row's place.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import yaml
 from pydantic import Field
 
 from ..config import Config, apply_overrides, check_names
+from ..config.training import UNORDERED
 from ..data.index import read_index
 from ..errors import UserError
 from ..files import write_text
 from ..strict import from_dict, read_yaml, strict
 
+# Of results that were written when there was one task.
 METRICS = ("auc", "gauc", "logloss")
+FOUNDATION = "finetune.run"
 
 
 @strict
@@ -51,6 +57,7 @@ class Settings:
     """What a variant says besides overrides, which are written with a point in their name."""
 
     per_domain: bool = False
+    pretrained: bool = False
     splits: list[str] = field(default_factory=list)
 
 
@@ -93,9 +100,19 @@ class Run:
     def key(self) -> tuple[str, str, int, str | None]:
         return self.name, self.split, self.seed, self.domain
 
+    @property
+    def foundation(self) -> str | None:
+        """Run folder that it starts from."""
+        return self.overrides.get(FOUNDATION)
+
     def matches(self, glob: str) -> bool:
         """Whether the glob is of this run, or of all domains of its variant, split and seed."""
         return fnmatch(self.label, glob) or fnmatch(f"{self.split}/{self.name}/{self.seed}", glob)
+
+
+def folder_of(runs: Path, label: str) -> Path:
+    """Of the run of a label."""
+    return runs / label.replace("/", "-")
 
 
 def load_experiment(path: Path) -> Experiment:
@@ -129,7 +146,8 @@ def planned_runs(experiment: Experiment, path: Path) -> Iterator[Run]:
     """Every run of the experiment, those of one seed together.
 
     Raises:
-        UserError: a run's config is wrong, or the data whose domains it needs are not there.
+        UserError: a run's config is wrong, or the data whose domains it needs, or the run that it starts from, are not
+            there.
     """
     for split, of_split in experiment.splits.items():
         for seed in experiment.seeds:
@@ -140,6 +158,10 @@ def planned_runs(experiment: Experiment, path: Path) -> Iterator[Run]:
                         continue
                     name = variant + suffix
                     overrides = {**of_split, **of_text, **own, "run.seed": seed}
+                    if not settings.pretrained:
+                        overrides.pop(FOUNDATION, None)
+                    elif FOUNDATION not in overrides:
+                        raise UserError(f"{path}: {name} is pretrained, and splits.{split} has no {FOUNDATION}.")
                     config = _resolved(experiment, overrides, f"{path}, run {split}/{name}")
                     for domain in _domains(config) if settings.per_domain else [None]:
                         alone = {} if domain is None else {"data.domains": [domain]}
@@ -160,7 +182,8 @@ def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[st
         only: globs of `split/name/seed` or `split/name/seed/domain`; a run that matches any is done. Empty does all.
 
     Raises:
-        UserError: the file is no experiment, or a variant's config is wrong; before the first run.
+        UserError: the file is no experiment, a variant's config is wrong, or a run to start from is not there; before
+            the first run.
     """
     experiment = load_experiment(path)
     planned = list(planned_runs(experiment, path))
@@ -170,16 +193,22 @@ def run_experiment(path: Path, results: Path, nproc_per_node: int, only: list[st
     lines = _read(results)
     have = {(e["name"], e["split"], e["seed"], e.get("domain")) for e in lines}
     left = [run for run in planned if run.key not in have and (not only or any(run.matches(g) for g in only))]
+    for foundation in dict.fromkeys(run.foundation for run in left if run.foundation):
+        _check_foundation(foundation)
     for number, run in enumerate(left, 1):
-        label = run.label.replace("/", "-")
-        config = runs / f"{label}.yaml"
+        folder = folder_of(runs, run.label)
+        config = runs / f"{folder.name}.yaml"
         runs.mkdir(parents=True, exist_ok=True)
-        own = {"run.name": label, "run.root": str(runs)}
-        config.write_text(yaml.safe_dump(_resolved(experiment, {**run.overrides, **own}, label)))
+        own = {"run.name": folder.name, "run.root": str(runs)}
+        tree = _resolved(experiment, {**run.overrides, **own}, run.label)
+        config.write_text(yaml.safe_dump(tree))
         print(f"{number}/{len(left)} {run.label} ...", end=" ", flush=True)
-        evaluation = _train(config, runs / label, nproc_per_node)
+        started = monotonic()
+        evaluation = _train(config, folder, nproc_per_node)
         entry = {"name": run.name, "seed": run.seed, "split": run.split}
-        lines.append({**entry, **({"domain": run.domain} if run.domain else {}), **_figures(evaluation, run.domain)})
+        entry |= {"domain": run.domain} if run.domain else {}
+        entry |= _told(run, from_dict(Config, tree, run.label), evaluation) | _figures(evaluation, run.domain)
+        lines.append(entry | {"seconds": round(monotonic() - started, 1)})
         write_text(results, "[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
         print(_shown(lines[-1], experiment), flush=True)
     return read_results(results)
@@ -223,34 +252,54 @@ def _resolved(experiment: Experiment, overrides: dict[str, Any], origin: str) ->
 
 
 def _train(config: Path, folder: Path, nproc_per_node: int) -> dict[str, Any]:
-    """The run's evaluation.json."""
+    """The run's evaluation.json, with its summary.json as `summary`."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dist_rec", "train", str(config), "--nproc-per-node", str(nproc_per_node)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise UserError(f"the run of {config} ended with {finished.returncode}:\n{finished.stderr[-2000:]}")
-    return json.loads((folder / "evaluation.json").read_text())
+    found = [json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "summary")]
+    return {**found[0], "summary": found[1]}
+
+
+def _check_foundation(run: str) -> None:
+    from ..training.start.foundation import read_foundation
+
+    read_foundation(run)
+
+
+def _told(run: Run, config: Config, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Keys of the run's kind of model."""
+    from ..training.kinds import kind_of
+
+    return _rounded(kind_of(config).told(run.split, config, evaluation["overall"]))
+
+
+def _rounded(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What says how good a model is."""
+    return {
+        name: round(value, 5) if isinstance(value, float) else value
+        for name, value in metrics.items()
+        if name not in UNORDERED
+    }
 
 
 def _figures(evaluation: dict[str, Any], domain: str | None) -> dict[str, Any]:
     """What is kept of an evaluation; of a run on one domain, that domain's figures alone."""
 
     def kept(tasks: dict[str, Any]) -> dict[str, Any]:
-        return {
-            task: {
-                name: None if value is None else round(value, 5)
-                for name, value in metrics.items()
-                if name in METRICS or name.startswith("ndcg")
-            }
-            for task, metrics in tasks.items()
-            if metrics["rows"]
-        }
+        return {task: _rounded(metrics) for task, metrics in tasks.items() if metrics["rows"]}
 
     domains = {name: kept(tasks) for name, tasks in evaluation["domains"].items() if domain in (None, name)}
-    rates = evaluation["rates"]
+    rates, summary = evaluation["rates"], evaluation["summary"]
+    stopped = summary.get("early_stopping")
     return {
         "tasks": kept(evaluation["overall"]) if domain is None else {},
         "domains": domains,
+        "evaluated": evaluation["split"],
+        "step": evaluation["step"],
+        "epochs": len(summary["epochs"]),
+        **({"valid": {stopped["metric"]: stopped["best"]}} if stopped else {}),
         "train_rows_per_s": round(rates["train_rows_per_s"]),
         "train_seconds": round(rates["train_seconds"], 1),
     }

@@ -29,11 +29,14 @@ def bench_experiment(
     """Repeat a published protocol: every variant, split and seed of an experiment file, with tables and tests."""
     from ..bench.compare import comparisons, print_results
     from ..bench.experiment import load_experiment, read_results, run_experiment
+    from ..bench.paired_runs import paired_runs, print_paired
 
     experiment = load_experiment(config)
     done = run_experiment(config, results, nproc_per_node, only or [], runs) if run else read_results(results)
     print_results(experiment, done)
-    print_json(as_json, {"results": done, "comparisons": comparisons(experiment, done)})
+    paired = paired_runs(experiment, done, results, runs)
+    print_paired(paired)
+    print_json(as_json, {"results": done, "comparisons": comparisons(experiment, done), "paired": paired})
 
 
 @app.command("crash")

@@ -71,7 +71,7 @@ class UniSRecConfig:
     * `width`: of items and sequences; a table that is looked up must have it too.
     * `loss`: what the next item is told from: `in_batch` the targets of the global batch (pretraining), `full` the
       whole catalogue, `sampled` some `samples` of it, of the whole job, drawn anew each step.
-    * `sampling`: `uniform`, or `popularity`: in proportion to an item's events in the training rows, plus one.
+    * `sampling`: `uniform`, or `popularity`: in proportion to how often the training rows ask for an item, plus one.
     * `temperature`: tau, by which cosines are divided.
     * `official`: do as the authors' public code does where it differs from the paper.
     """

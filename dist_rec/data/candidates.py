@@ -4,7 +4,8 @@ A batch has a share of them, so that all ranks' shares together are every candid
 the batch, CANDIDATES (ids) and CANDIDATES_TEXT (texts), all listed on its first row, so that tables and text vectors
 know them without being told.
 
-    the whole catalogue    rank r of W has items M r // W .. M (r + 1) // W
+    the whole catalogue    rank r of W has items M r // W .. M (r + 1) // W: in training with every batch, in evaluation
+                           with the first of a pass, for the model keeps their vectors as long as nothing trains
     a sample of a step     n of the M items, a function of (seed, epoch, step) that all ranks draw alike; rank r has the
                            same share of those
 
@@ -77,14 +78,21 @@ def _share(catalogue: Catalogue, items: np.ndarray | slice, weight: np.ndarray) 
 
 
 class Whole:
-    """A rank's share of the whole catalogue, the same in every step, every item with weight 1."""
+    """A rank's share of the whole catalogue, the same in every step, every item with weight 1.
 
-    def __init__(self, catalogue: Catalogue, rank: int, world_size: int) -> None:
+    Args:
+        catalogue: all of it.
+        rank, world_size: whose share.
+        once: the first step of an epoch alone has it; those after have none.
+    """
+
+    def __init__(self, catalogue: Catalogue, rank: int, world_size: int, once: bool = False) -> None:
         mine = share_of(len(catalogue), rank, world_size)
         self.share = _share(catalogue, mine, np.ones(mine.stop - mine.start, np.float32))
+        self.after = _share(catalogue, slice(0, 0), np.ones(0, np.float32)) if once else self.share
 
     def __call__(self, epoch: int, step: int) -> Share:
-        return self.share
+        return self.after if step else self.share
 
 
 class Sampled:

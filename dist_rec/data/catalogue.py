@@ -7,7 +7,8 @@ one whose vector is zero: it stays, and is counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,18 +113,35 @@ def _check_ids(reader: ShardReader, rows: Rows, item: str, number: int) -> None:
         )
 
 
-def count_events(blocks: Iterable[Rows], features: Iterable[str], catalogue: Catalogue) -> np.ndarray:
-    """How often each item of the catalogue is among the ids of rows: int64 `[M]`.
+def count_targets(blocks: Iterable[Rows], history: str, item: str, catalogue: Catalogue) -> np.ndarray:
+    """How often each item of the catalogue is what rows of training ask for: int64 `[M]`.
+
+    A row asks for each of its events but the oldest, so an event that ends one window of a long sequence and begins the
+    next counts once.
 
     Args:
         blocks: rows with these features decoded.
-        features: of the catalogue's vocabulary.
+        history, item: the ids of the events before, and of the newest; features of the catalogue's vocabulary.
     """
     order = np.argsort(catalogue.ids)
     known, counts = catalogue.ids[order], np.zeros(len(catalogue), np.int64)
     for rows in blocks:
-        for name in features:
-            values = rows.ids[name].values
+        before, newest = rows.ids[history], rows.ids[item]
+        asked = np.ones(len(before.values), bool)
+        some = before.lengths > 0
+        asked[before.offsets[:-1][some]] = False
+        for values in (before.values[asked], newest.values[np.repeat(some, newest.lengths)]):
             at = np.minimum(np.searchsorted(known, values), len(known) - 1)
             counts += np.bincount(order[at[known[at] == values]], minlength=len(counts))
     return counts
+
+
+def contents(catalogue: Catalogue, domains: Sequence[str]) -> str:
+    """SHA-256 of the items by domain and text, however they are numbered and in whatever order they stand.
+
+    Args:
+        domains: names; a catalogue's `domain` is a position in this list.
+    """
+    keys = np.where(catalogue.has_text, catalogue.text_keys, 0)
+    order = np.lexsort([keys, names := np.array(domains)[catalogue.domain]])
+    return hashlib.sha256("\n".join(names[order]).encode() + keys[order].tobytes()).hexdigest()

@@ -16,7 +16,7 @@ has keys f, f@1, f@2 for every feature f of it. Knows neither ranks nor what tab
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,9 +121,11 @@ class IdParts:
 
     Attributes:
         firsts: the first row of every part, ascending from 0.
+        unread: parts whose ids all read row 0 of the part, which has no other.
     """
 
     firsts: tuple[int, ...]
+    unread: frozenset[int] = frozenset()
 
     def __call__(self, ids: Ragged) -> tuple[list[Ragged], np.ndarray]:
         """Deal n rows' lists.
@@ -138,6 +140,8 @@ class IdParts:
         for number, first in enumerate(self.firsts):
             here = part == number
             values = ids.values[here].astype(np.int64) - first
+            if number in self.unread:
+                values = np.zeros_like(values)
             found.append(Ragged.from_lengths(values, np.bincount(row[here], minlength=len(ids))))
             place[here] = np.arange(before, before + len(values))
             before += len(values)
@@ -218,7 +222,7 @@ def vocabulary_faults(schema: Schema, overrides: Mapping[str, TableConfig], feat
 
 
 def id_maps(
-    schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str]
+    schema: Schema, overrides: Mapping[str, TableConfig], features: Sequence[str], unread: Collection[str] = ()
 ) -> dict[str, IdMap | IdParts]:
     """The map of every feature whose stored ids are not the rows of one table already.
 
@@ -226,6 +230,7 @@ def id_maps(
         schema: the data set's.
         overrides: of the config, without `vocabulary_faults`.
         features: those that the run reads.
+        unread: names of parts of divided vocabularies that have one row for all their ids.
     """
     maps: dict[str, IdMap | IdParts] = {}
     for name, table in _users_of(schema, features).items():
@@ -234,5 +239,6 @@ def id_maps(
         if found is not None and (found[0] != "size" or schema.features[table].vocabulary.kind == "raw"):
             maps[name] = IdMap(found[0], found[1], table)
         elif len(firsts := _firsts(schema, overrides, table)) > 1:
-            maps[name] = IdParts(tuple(firsts))
+            alone = (n for n in range(len(firsts)) if part_name(table, n) in unread)
+            maps[name] = IdParts(tuple(firsts), frozenset(alone))
     return maps

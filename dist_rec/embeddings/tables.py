@@ -77,12 +77,17 @@ class TableSpec:
 
 
 def table_specs(
-    schema: Schema, config: TablesConfig, features: list[str], frozen: Collection[str] = ()
+    schema: Schema,
+    config: TablesConfig,
+    features: list[str],
+    frozen: Collection[str] = (),
+    unread: Collection[str] = (),
 ) -> list[TableSpec]:
     """The tables that the used `features` need; there may be none.
 
     Args:
         frozen: names of those that stay as they are.
+        unread: names of parts of divided vocabularies that have one row for all their ids.
 
     Raises:
         UserError: an override names no table, a table asks for what the engines cannot do, or `frozen` is not of
@@ -102,11 +107,12 @@ def table_specs(
         specs.append(
             TableSpec(
                 name=name,
-                rows=override.size or override.hash or override.managed or len(ids),
+                rows=1 if name in unread else override.size or override.hash or override.managed or len(ids),
                 dim=override.dim or config.dim,
                 features=tuple(user + name.removeprefix(whole) for user in users),
                 sequence=any(schema.features[user].role == "history" for user in users),
-                sharding=part.sharding or override.sharding or config.sharding,
+                # A row cannot be cut over ranks.
+                sharding="auto" if name in unread else part.sharding or override.sharding or config.sharding,
                 precision=part.precision or override.precision or config.precision,
                 kernel=part.kernel or override.kernel or config.kernel,
                 managed=override.managed is not None,

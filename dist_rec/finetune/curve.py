@@ -5,7 +5,9 @@ the same test rows. Three kinds of model:
 
 * `finetuned`, under each preset; with 0 rows the foundation as it starts, untrained;
 * `scratch`: the same model and the same rows, started at random;
-* `single`: a shared bottom without adaptation that knows one domain alone (K = 1).
+* `single`: a shared bottom without adaptation that knows one domain alone (K = 1). A sequence model from scratch is
+  that already, so it has none; its rows are training sequences, what is drawn is NDCG, and it stops by validation rows
+  where there are any.
 
 All follow the same rule of batch size, epochs and warm-up (`derive.Pace`). One job does all points, one after another
 in one process group: starting a rank takes longer than most points do.
@@ -46,7 +48,7 @@ from ..training.start.origin import Origin
 from ..training.tracking import NoTracker
 from ..training.trainer import Trainer
 from .curve_picture import draw
-from .curve_results import CURVE_NAME, FINETUNED, SCRATCH, SINGLE, Entry, Results, print_summary, summary
+from .curve_results import CURVE_NAME, FINETUNED, SCRATCH, SINGLE, Entry, Results, print_summary, shown, summary
 from .derive import Splits, Wishes, derive, derived_tree, override
 from .single import narrowed
 
@@ -149,7 +151,8 @@ class _Curve:
         """The config of a point that trains on the data set at `train`."""
         splits = Splits({**self.splits.roots, "train": train}, index)
         tree = derived_tree(self.foundation, splits, splits.rows, self.ranks)
-        tree["data"]["valid"] = None
+        if not tree["train"]["early_stopping"]:
+            tree["data"]["valid"] = None
         tree["checkpoint"] |= {"every_steps": 0, "every_minutes": 0.0}
         tree["finetune"] = {}
         if point.kind == FINETUNED:
@@ -211,15 +214,14 @@ def draw_curve(
         raise UserError(f"--seeds {seeds} must be at least 1.")
     folder = Path(out) if out else Path(config.run.root) / f"{config.run.name}-curve"
     kind = kind_of(config)
-    if not kind.heads(foundation.schema, config):
-        raise UserError(
-            f"--curve draws the AUC of tasks, and model.kind {config.model.kind} has none: finetune on `shards "
-            "sample`s of the data, and compare by `dist-rec evaluate --against`."
-        )
+    if why := kind.not_evaluated(config):
+        raise UserError(f"--curve measures models on test rows, and {why}: build one beside the splits.")
     curve = _Curve(foundation, splits, wishes, ranks, folder)
     rows = splits.rows
     counts = sorted({rows if size == ALL else size for size in sizes})
-    points = _points([n for n in counts if n <= rows], seeds, presets or [kind.usual_freeze], curve.domains())
+    domains = curve.domains()
+    alone = domains if kind.heads(foundation.schema, config) else []
+    points = _points([n for n in counts if n <= rows], seeds, presets or [kind.usual_freeze], alone)
     results = Results(folder, _settings(curve))
     # One of each kind, so that what is wrong is said before anything is trained.
     whole = splits.roots["train"]
@@ -245,8 +247,9 @@ def draw_curve(
                 entries = list(_measure(curve, point, train, index, process, start, origin))
             if process.is_main:
                 results.add(entries)
-                aucs = ", ".join(f"{e.domain} {e.task} {e.auc:.4f}" for e in entries if e.auc is not None)
-                print(f"{done}/{len(todo[0])}  {point.label}  AUC {aucs}  {entries[0].seconds:.1f} s", flush=True)
+                said = ", ".join(f"{e.domain} {e.task} {e.value:.4f}" for e in entries if e.value is not None)
+                metric = shown(entries[0].metric)
+                print(f"{done}/{len(todo[0])}  {point.label}  {metric} {said}  {entries[0].seconds:.1f} s", flush=True)
         if process.is_main:
             draw(results.entries, folder / PICTURE_NAME, rows)
             print_summary(results.entries)
@@ -311,9 +314,10 @@ def _measure(
         start, origin: of the foundation, as the whole training set finds them.
     """
     folder = curve.folder / RUNS_NAME / point.label
+    drawn = kind_of(curve.foundation.config).drawn(curve.foundation.config)
     if point.domain is not None and not index.rows_of(point.domain):
         # A sample of several domains may lack one.
-        yield from (_entry(point, point.domain, task, {}, 0.0) for task in curve.foundation.tasks())
+        yield from (_entry(point, point.domain, task, {}, 0.0, drawn) for task in curve.foundation.tasks())
         return
     prepared = curve.prepare(point, train, index)
     for split in prepared.indexes:
@@ -331,10 +335,15 @@ def _measure(
         shutil.rmtree(folder, ignore_errors=True)
     for domain in [point.domain] if point.domain else curve.domains():
         for task, metrics in found[domain].items():
-            yield _entry(point, domain, task, metrics, seconds)
+            yield _entry(point, domain, task, metrics, seconds, drawn)
 
 
-def _entry(point: Point, domain: str, task: str, metrics: dict[str, Any], seconds: float) -> Entry:
+def _entry(point: Point, domain: str, task: str, metrics: dict[str, Any], seconds: float, drawn: str) -> Entry:
+    # Of the cut that is drawn, or of the only one.
+    _, _, cut = drawn.partition("@")
+    held = {name: metric(metrics, name) for name in METRICS}
+    if cut:
+        held |= {name: metrics.get(f"{name}@{cut}") for name in ("ndcg", "recall")}
     return Entry(
         n=point.n,
         seed=point.seed,
@@ -342,6 +351,7 @@ def _entry(point: Point, domain: str, task: str, metrics: dict[str, Any], second
         preset=point.preset,
         domain=domain,
         task=task,
-        **{name: metric(metrics, name) for name in METRICS},
+        **held,
         seconds=seconds,
+        metric=drawn,
     )

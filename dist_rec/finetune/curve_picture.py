@@ -1,4 +1,4 @@
-"""A few-shot curve as a picture: AUC against the number of rows, one panel a domain and task."""
+"""A few-shot curve as a picture: AUC, or NDCG, against the number of rows, one panel a domain and task."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from ..errors import UserError
-from .curve_results import SCRATCH, SINGLE, Entry, line_of, lines, panels, spread
+from .curve_results import SCRATCH, SINGLE, Entry, line_of, lines, panels, shown, spread
 
 PANEL_INCHES = (6.0, 4.2)
 ABREAST = 2
@@ -38,28 +38,28 @@ def draw(entries: list[Entry], path: Path, whole: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = panels(entries)
-    across = min(ABREAST, len(shown))
-    down = -(-len(shown) // across)
+    drawn = panels(entries)
+    across = min(ABREAST, len(drawn))
+    down = -(-len(drawn) // across)
     size = (PANEL_INCHES[0] * across, PANEL_INCHES[1] * down)
     figure, grid = pyplot.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
     coloured = [line for line in lines(entries) if line not in BLACK]
     colours = {line: pyplot.get_cmap("tab10")(i % 10) for i, line in enumerate(coloured)}
     at = places(sorted({entry.n for entry in entries}))
-    for axes, (domain, task) in zip(grid.flat, shown, strict=False):
-        mine = [e for e in entries if (e.domain, e.task) == (domain, task) and e.auc is not None]
+    for axes, (domain, task) in zip(grid.flat, drawn, strict=False):
+        mine = [e for e in entries if (e.domain, e.task) == (domain, task) and e.value is not None]
         for i, line in enumerate(lines(mine)):
             colour, style = BLACK.get(line, (colours.get(line), "-"))
             sizes = sorted({e.n for e in mine if e.line == line})
-            measured = [spread([e.auc for e in mine if (e.line, e.n) == (line, n)]) for n in sizes]
+            measured = [spread([e.value for e in mine if (e.line, e.n) == (line, n)]) for n in sizes]
             means, around = zip(*measured, strict=True)
             x = [at[n] for n in sizes]
             axes.plot(x, means, style, color=colour, marker=MARKS[i % len(MARKS)], markersize=5, label=line)
             low, high = ([m + sign * s for m, s in zip(means, around, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-        _label(axes, at, whole)
+        _label(axes, at, whole, shown(mine[0].metric))
         axes.set_title(f"{domain}, {task}", loc="left")
-    for axes in list(grid.flat)[len(shown) :]:
+    for axes in list(grid.flat)[len(drawn) :]:
         axes.set_visible(False)
     grid.flat[0].legend(fontsize=8)
     seeds = len({entry.seed for entry in entries})
@@ -72,7 +72,7 @@ def draw(entries: list[Entry], path: Path, whole: int) -> None:
         pyplot.close(figure)
 
 
-def _label(axes, at: dict[int, float], whole: int) -> None:
+def _label(axes, at: dict[int, float], whole: int, metric: str) -> None:
     ticks = sorted(at)
     # On a line of its own: it may stand right beside the one before.
     axes.set_xticks([at[n] for n in ticks], [f"\nall ({n:,})" if n == whole else f"{n:,}" for n in ticks])
@@ -80,6 +80,6 @@ def _label(axes, at: dict[int, float], whole: int) -> None:
     if len(ticks) > 1 and ticks[0] == 0:
         # Left of it the axis is no logarithm.
         axes.axvline((at[0] + at[ticks[1]]) / 2, color="lightgray", linewidth=1)
-    axes.set_ylabel("AUC")
+    axes.set_ylabel(metric)
     axes.grid(axis="y", color="whitesmoke")
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,8 +27,9 @@ class Entry:
 
     * `n`, `seed`: the rows that it was trained on, of the sample of that seed.
     * `kind`: `finetuned` from the foundation under `preset`, the same model from `scratch`, or a `single`-domain model.
-    * `auc`, `logloss`, `ndcg`: null where the rows have none.
+    * `auc`, `logloss`, `ndcg`, `recall`: null where the rows have none.
     * `seconds`: of training.
+    * `metric`: which of these is drawn, with the cut of NDCG and recall where that is one of them.
     """
 
     n: int = Field(ge=0)
@@ -41,6 +42,13 @@ class Entry:
     logloss: float | None
     ndcg: float | None
     seconds: float
+    recall: float | None = None
+    metric: str = "auc"
+
+    @property
+    def value(self) -> float | None:
+        """Of `metric`."""
+        return getattr(self, self.metric.partition("@")[0])
 
     @property
     def line(self) -> str:
@@ -96,8 +104,13 @@ class _Entries:
 
 
 def panels(entries: list[Entry]) -> list[tuple[str, str]]:
-    """Every domain and task of which some entry has an AUC."""
-    return list(dict.fromkeys((e.domain, e.task) for e in entries if e.auc is not None))
+    """Every domain and task of which some entry has a value."""
+    return list(dict.fromkeys((e.domain, e.task) for e in entries if e.value is not None))
+
+
+def shown(metric: str) -> str:
+    """A metric's name in titles."""
+    return metric.upper()
 
 
 def lines(entries: list[Entry]) -> list[str]:
@@ -110,21 +123,27 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def summary(entries: list[Entry]) -> list[dict[str, Any]]:
-    """Per domain, task, number of rows and line: `auc` and `spread` over `seeds`, and likewise of the paired
-    `difference` to scratch, that is of the same seed and rows; null where there is none."""
+    """Per domain, task, number of rows and line: `metric`, and by its name the mean, and `spread`, over `seeds`, and
+    likewise of the paired `difference` to scratch, that is of the same seed and rows; null where there is none."""
     found = []
     for domain, task in panels(entries):
-        mine = [e for e in entries if (e.domain, e.task) == (domain, task) and e.auc is not None]
-        scratch = {(e.n, e.seed): e.auc for e in mine if e.kind == SCRATCH}
+        mine = [e for e in entries if (e.domain, e.task) == (domain, task) and e.value is not None]
+        scratch = {(e.n, e.seed): e.value for e in mine if e.kind == SCRATCH}
         for n in sorted({e.n for e in mine}):
             for line in lines(mine):
                 at = [e for e in mine if (e.n, e.line) == (n, line)]
                 if not at:
                     continue
-                auc, around = spread([e.auc for e in at])
+                value, around = spread([e.value for e in at])
                 entry = {"domain": domain, "task": task, "n": n, "line": line, "seeds": len(at)}
-                entry |= {"auc": auc, "spread": around, "difference": None, "difference_spread": None}
-                pairs = [e.auc - scratch[e.n, e.seed] for e in at if (e.n, e.seed) in scratch]
+                entry |= {
+                    "metric": at[0].metric,
+                    at[0].metric: value,
+                    "spread": around,
+                    "difference": None,
+                    "difference_spread": None,
+                }
+                pairs = [e.value - scratch[e.n, e.seed] for e in at if (e.n, e.seed) in scratch]
                 if pairs and at[0].kind != SCRATCH:
                     entry["difference"], entry["difference_spread"] = spread(pairs)
                 found.append(entry)
@@ -132,11 +151,13 @@ def summary(entries: list[Entry]) -> list[dict[str, Any]]:
 
 
 def print_summary(entries: list[Entry]) -> None:
-    """AUC of every line and number of rows, mean and standard deviation over seeds, one table a domain and task."""
+    """Every line and number of rows, mean and standard deviation over seeds, one table a domain and task."""
     console, told = Console(), summary(entries)
     for domain, task in panels(entries):
+        lines_here = [e for e in told if (e["domain"], e["task"]) == (domain, task)]
+        metric = lines_here[0]["metric"]
         table = Table(
-            title=f"{domain}, {task}: AUC on the same test rows, mean ± standard deviation over seeds",
+            title=f"{domain}, {task}: {shown(metric)} on the same test rows, mean ± standard deviation over seeds",
             title_justify="left",
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -144,16 +165,16 @@ def print_summary(entries: list[Entry]) -> None:
         )
         table.add_column("rows", justify="right")
         table.add_column("model")
-        for column in ("seeds", "auc", "minus scratch"):
+        for column in ("seeds", metric, "minus scratch"):
             table.add_column(column, justify="right")
         last = None
-        for entry in (e for e in told if (e["domain"], e["task"]) == (domain, task)):
+        for entry in lines_here:
             if last is not None and entry["n"] != last:
                 table.add_section()
             last = entry["n"]
             against = "-"
             if entry["difference"] is not None:
                 against = f"{entry['difference']:+.4f} ± {entry['difference_spread']:.4f}"
-            auc = f"{entry['auc']:.4f} ± {entry['spread']:.4f}"
-            table.add_row(f"{entry['n']:,}", entry["line"], str(entry["seeds"]), auc, against)
+            value = f"{entry[metric]:.4f} ± {entry['spread']:.4f}"
+            table.add_row(f"{entry['n']:,}", entry["line"], str(entry["seeds"]), value, against)
         console.print(table)

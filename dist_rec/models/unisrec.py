@@ -14,10 +14,11 @@ prefix. That copy's states are no negatives of its own sequence's positions: whe
 positions share their partner, which cannot be both right and wrong.
 
 In evaluation the row's item alone is a target; losses are without augmentation, so L_SS then pairs states with
-themselves. An item without text, or with an empty one, is a vector of zeros before positions and embeddings are added:
-its cosine is 0 with everything, since nothing is known of it. A row without history has no state and no loss; it ranks
-all items alike. Sequences longer than `max_length` inputs keep their newest events. Identity 0 of a dictionary
-vocabulary stands for all items that it does not know, which are one item here.
+themselves. A pass's first batch lists the catalogue, whose vectors are kept for the batches after it, which list none,
+until the model trains. An item without text, or with an empty one, is a vector of zeros before positions and embeddings
+are added: its cosine is 0 with everything, since nothing is known of it. A row without history has no state and no
+loss; it ranks all items alike. Sequences longer than `max_length` inputs keep their newest events. Identity 0 of a
+dictionary vocabulary stands for all items that it does not know, which are one item here.
 
 `official` does what the authors' public code does where that differs from what it means to do: other positions with the
 same target stay in the denominators as exp(0) = 1; dropped items overwrite kept ones, and item drop or word drop is
@@ -164,6 +165,13 @@ class UniSRec(nn.Module):
         self.text_width = text_width
         self.text_encoder = text_encoder if config.with_text else None
         self.encoder = CausalEncoder(config.encoder, config.width)
+        self.kept: Candidates | None = None
+
+    def train(self, mode: bool = True) -> UniSRec:
+        """As of any module; what was kept of a catalogue is forgotten before parameters move."""
+        if mode:
+            self.kept = None
+        return super().train(mode)
 
     def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
         """One step's losses, and in evaluation ranks.
@@ -177,8 +185,8 @@ class UniSRec(nn.Module):
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
             `losses`: detached scalars of the global batch, equal on all ranks: `sequence_item`, `sequence_sequence`
             unless its weight is 0, and `loss`, their weighted sum.
-            `rank`: in evaluation, where any rank has candidates: float64 `[B]`, the rank of the row's item among those
-            of all ranks, NaN on masked rows and on rows without an item.
+            `rank`: in evaluation, where any rank has candidates, listed or kept: float64 `[B]`, the rank of the row's
+            item among those of all ranks, NaN on masked rows and on rows without an item.
         """
         events = self._events(batch)
         # An event's number is its place among all S; inputs are all but a row's newest.
@@ -205,6 +213,8 @@ class UniSRec(nn.Module):
         state, positives = _units(take(states, positions)), _units(take(items, target))
         identity, rows = self._identity(batch, events)[target], events.row[target]
         candidates = self._candidates(texts, embeddings, batch)
+        if not self.training:
+            candidates = self._of_this_pass(candidates)
         in_batch = self.config.loss == "in_batch"
         if not in_batch and candidates is None:
             raise ValueError(f"loss: {self.config.loss} on a batch without {CANDIDATES!r}")
@@ -223,7 +233,7 @@ class UniSRec(nn.Module):
             state, identity, batch.row[rows], terms, self.config.temperature, self.reduction, self.config.official
         )
         output = self._total(torch.stack(losses, 1), torch.stack(valid, 1))
-        if not self.training and self._anyone_has(candidates):
+        if not self.training and candidates is not None:
             states, targets = (place(x, rows, len(batch)) for x in (state, positives))
             output[RANK] = self._ranks(states, targets, candidates, batch, events)
         return output
@@ -300,10 +310,12 @@ class UniSRec(nn.Module):
         vectors = _units(_items(texts and (texts.vectors, texts.candidates), embedded))
         return Candidates(vectors, batch.identity[CANDIDATES], batch.candidate_weight.to(vectors.dtype))
 
-    def _anyone_has(self, candidates: Candidates | None) -> bool:
-        if candidates is None:
-            return False
-        return self.reduction.largest(len(candidates.identity), candidates.identity.device) > 0
+    def _of_this_pass(self, listed: Candidates | None) -> Candidates | None:
+        """Of an evaluation's batch: those that it lists for any rank, else those of the batch before."""
+        if listed is not None and self.reduction.largest(len(listed.identity), listed.identity.device) > 0:
+            self.kept = listed._replace(vectors=listed.vectors.detach())
+            return listed
+        return self.kept
 
     def _ranks(
         self,

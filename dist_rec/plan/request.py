@@ -14,6 +14,7 @@ from ..embeddings.quantities import number
 from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..schema import Schema, load_schema
+from ..training.catalogue import unread_tables
 from ..training.finetuning import specs_of, where_it_starts
 from ..training.kinds import kind_of
 from ..training.reading import retry_of
@@ -156,10 +157,12 @@ def read_request(path: str | Path, overrides: dict[str, str], schema_file: str |
     if config.finetune.run is not None and schema_file is None:
         origin, _ = where_it_starts(config, schema, config.run_folder)
         features = [name for name in features if name not in origin.left_out]
-    own = _own_rows(config, settings, notes)
+    own, unread = _own_rows(config, settings, notes), frozenset()
+    if schema_file is None:
+        unread = unread_tables(config, schema, features)
     specs = [
         replace(s, rows=s.rows if s.name in own else settings.rows.get(s.name, s.rows))
-        for s in specs_of(schema, config, features, origin)
+        for s in specs_of(schema, config, features, origin, unread)
     ]
     unused = set(settings.rows) - {s.name for s in specs}
     if unused:

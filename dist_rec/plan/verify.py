@@ -23,6 +23,7 @@ from ..embeddings.description import describe_plan
 from ..embeddings.planner import DoesNotFit
 from ..embeddings.tables import SEQUENCE_SHARDING_TYPES, table_specs
 from ..errors import UserError
+from ..training.catalogue import unread_tables
 from ..training.kinds import kind_of
 from ..training.planning import plan_tables
 from ..training.prepare import prepare
@@ -88,8 +89,9 @@ def _is_what_if(answer: Answer) -> bool:
     request = answer.request
     frozen = {spec.name for spec in request.specs if spec.frozen}
     looked_up = kind_of(request.config).looked_up(request.schema, request.config, request.features)
+    unread = unread_tables(request.config, request.schema, request.features)
     return request.specs != table_specs(
-        request.schema, request.config.tables, looked_up, frozen
+        request.schema, request.config.tables, looked_up, frozen, unread
     ) or request.lengths != mean_lengths(request.schema, request.features, request.statistics)
 
 

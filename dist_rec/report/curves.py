@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-METRICS = ("auc", "logloss", "ndcg")
+METRICS = ("auc", "logloss", "ndcg", "recall", "mrr")
 
 Line = tuple[list[float], list[float]]
 
@@ -15,7 +15,7 @@ def read_curves(path: Path) -> dict[str, Any]:
     """What metrics.jsonl holds, as lines of (steps, values); empty where there is no file.
 
     Returns:
-        `losses` by name, `rows_per_s`, and `evaluation` by metric (`auc`, `logloss`, `ndcg@k`) and task, without what
+        `losses` by name, `rows_per_s`, and `evaluation` by metric (`METRICS`, with their cuts) and task, without what
         was never defined.
     """
     losses: dict[str, Line] = {}

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Batch
-from ..errors import UserError
 from ..layers.divergence import js_divergence
 from ..layers.experts import ExpertLevel
 from ..layers.per_domain import sort_by_domain
@@ -112,15 +111,15 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
 
     Returns:
         `rows` of each domain that was seen; `aspects`, `experts` and `distances` as below; `left_out`, by section why
-        it is not there.
+        it is not there. Of a model that is no foundation's nothing is looked at, for it has none of these.
     """
     prepared, process, model = trained.prepared, trained.process, trained.model
+    whole = {"split": split, "rows_of_split": prepared.indexes[split].rows}
+    if not isinstance(model, FoundationModel):
+        why = f"model.kind {prepared.config.model.kind} has none; they are of foundation models"
+        nothing = {"rows": {}, "aspects": {}, "experts": [], "distances": None}
+        return {**whole, **nothing, "left_out": {"aspects' gates, experts and distances of domains": why}}
     tasks = prepared.kind.heads(prepared.schema, prepared.config)
-    if not tasks:
-        raise UserError(
-            f"a report tells of the gates and experts of foundation models, and model.kind is "
-            f"{prepared.config.model.kind}: see evaluation.json and tensorboard/ of the run folder."
-        )
     stream = build_stream(prepared, split, process.rank, process.world_size, shuffled=True)
     steps = -(-rows // (stream.order.per_stream * stream.order.streams)) if rows else stream.steps
     watch = Watch(model, tasks)
@@ -131,9 +130,8 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
     seen = dict(zip(domains, sums["rows"].astype(int).tolist(), strict=True))
     left_out: dict[str, str] = {}
     return {
-        "split": split,
+        **whole,
         "rows": seen,
-        "rows_of_split": prepared.indexes[split].rows,
         "aspects": _aspects(model, sums, domains, left_out),
         "experts": _experts(model, sums, domains, left_out),
         "distances": _distances(sums, domains, left_out),

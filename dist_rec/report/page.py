@@ -20,6 +20,7 @@ from ..files import write_text
 from ..strict import to_dict
 from ..training.evaluate import trained
 from ..training.evaluation import FILE_NAME
+from ..training.kinds import kind_of
 from . import figures
 from .curves import read_curves
 from .measure import measure
@@ -78,7 +79,8 @@ def _with_files(found: dict[str, Any], config: Config, run: Path, split: str) ->
     left_out = found["left_out"]
     evaluation = _evaluation(run, split)
     if evaluation is None:
-        left_out["evaluation"] = f"not evaluated on {split} yet: dist-rec evaluate {run} --split {split}"
+        why = kind_of(config).not_evaluated(config)
+        left_out["evaluation"] = why or f"not evaluated on {split} yet: dist-rec evaluate {run} --split {split}"
     elif evaluation["step"] != found["step"]:
         left_out["evaluation of this step"] = (
             f"the table is of step {evaluation['step']}, the figures of step {found['step']}: "
@@ -153,10 +155,13 @@ def _tables(specs: list[Any], run: Path, left_out: dict[str, str]) -> list[dict[
 def page(found: dict[str, Any], run: Path) -> str:
     """The whole HTML of what `report` found."""
     seen = sum(found["rows"].values())
+    looked_at = (
+        f" Figures of gates, experts and distances are of {seen:,} of the {found['rows_of_split']:,} rows of "
+        f"{found['split']}, shuffled over the domains."
+    )
     parts = [
         f"<h1>{escape(str(run))}</h1>",
-        f"<p>Checkpoint of step {found['step']:,}. Figures of gates, experts and distances are of {seen:,} of the "
-        f"{found['rows_of_split']:,} rows of {found['split']}, shuffled over the domains.</p>",
+        f"<p>Checkpoint of step {found['step']:,}.{looked_at if seen else ''}</p>",
         *_said(found["left_out"]),
         *_evaluation_part(found),
         *_curves_part(found["curves"]),

@@ -13,10 +13,24 @@ COLUMNS = ("rows", "auc", "gauc", "logloss", "calibration", "ndcg")
 
 
 def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
-    """Per domain and task the metrics of `columns_of`; then the rates.
+    """Per domain and task the metrics of `columns_of`, or why there are none; then the rates.
 
     Baselines, where there are, stand below the task whose rows they score.
     """
+    console = Console()
+    if why := evaluation.get("not_evaluated"):
+        console.print(f"step {evaluation['step']}, not evaluated: {why}", highlight=False, soft_wrap=True)
+    else:
+        console.print(_table_of(evaluation))
+    for name, baseline in evaluation.get("baselines", {}).items():
+        said = baseline.get("about") or f"left out: {baseline['left_out']}"
+        console.print(f"{name}: {said}", highlight=False, soft_wrap=True)
+    for name, value in evaluation["rates"].items():
+        console.print(f"{name.replace('_', ' ')}: {value:,.1f}", highlight=False)
+    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+
+
+def _table_of(evaluation: dict[str, Any]) -> Table:
     columns = columns_of(evaluation)
     # The whole must fit 80 columns, or names of domains and numbers are cut.
     apart = 1 if len(columns) <= len(COLUMNS) else 0
@@ -30,21 +44,14 @@ def print_evaluation(evaluation: dict[str, Any], folder: Path) -> None:
     table.add_column("domain")
     table.add_column("task")
     for column in columns:
-        table.add_column(_short(column), justify="right")
+        table.add_column(short(column), justify="right")
     scope = None
     for line in evaluation_lines(evaluation):
         if line["scope"] == "all" and scope != "all":
             table.add_section()
         scope = line["scope"]
         table.add_row("" if line["baseline"] else line["scope"], line["baseline"] or line["task"], *line["values"])
-    console = Console()
-    console.print(table)
-    for name, baseline in evaluation.get("baselines", {}).items():
-        said = baseline.get("about") or f"left out: {baseline['left_out']}"
-        console.print(f"{name}: {said}", highlight=False, soft_wrap=True)
-    for name, value in evaluation["rates"].items():
-        console.print(f"{name.replace('_', ' ')}: {value:,.1f}", highlight=False)
-    console.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
+    return table
 
 
 def columns_of(evaluation: dict[str, Any]) -> list[str]:
@@ -56,7 +63,8 @@ def columns_of(evaluation: dict[str, Any]) -> list[str]:
     return ["rows", *(name for name in metrics if "@" in name and name != "ndcg@1"), "mrr"]
 
 
-def _short(column: str) -> str:
+def short(column: str) -> str:
+    """A metric's name as a table has it."""
     return {"calibration": "calib."}.get(column, column).replace("recall@", "R@").replace("ndcg@", "N@")
 
 

@@ -24,6 +24,7 @@ from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
+from .kinds import kind_of
 from .paired import compare, pair
 from .prepare import prepare
 from .prepared import Prepared
@@ -100,9 +101,11 @@ def evaluate_run(
             bootstrap of the two (`paired.compare`), which is not written.
 
     Raises:
-        UserError: as `trained`; baselines of data without a text of the query and of the item; `against` keeps no
-            places, or those of other rows; this run's rows have none.
+        UserError: as `trained`; nothing can be measured of the model; baselines of data without a text of the query
+            and of the item; `against` keeps no places, or those of other rows; this run's rows have none.
     """
+    if why := kind_of(config).not_evaluated(config):
+        raise UserError(f"{run} cannot be evaluated: {why}. Name one of the same vocabularies: --data.catalogue.")
     other = read_ranks(against, split) if against else None
     with trained(config, run, split) as loaded:
         prepared, process = loaded.prepared, loaded.process

@@ -96,9 +96,8 @@ class RankingEvaluator:
         self.at = self.evaluation.at
 
     def add_batch(self, batch: Batch, output: dict[str, Any]) -> None:
-        """Reads `output["rank"]`: float64 `[B]`, NaN where a row has no place; no row has one without a catalogue."""
-        rank = output.get("rank", torch.full_like(batch.row, torch.nan, dtype=torch.float64))
-        self.evaluation.add(rank, batch.valid, batch.domain, batch.user, batch.row)
+        """Reads `output["rank"]`: float64 `[B]`, NaN where a row has no place."""
+        self.evaluation.add(output["rank"], batch.valid, batch.domain, batch.user, batch.row)
 
     def compute(self) -> dict[str, Any]:
         return self.evaluation.compute()

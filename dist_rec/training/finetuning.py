@@ -5,6 +5,7 @@ Between `prepare`, `setup` and `run`, which ask, and `start`, which knows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,14 +45,20 @@ def where_it_starts(config: Config, schema: Schema, folder: Path) -> tuple[Origi
     return origin_of(foundation, config, schema), foundation
 
 
-def specs_of(schema: Schema, config: Config, features: list[str], origin: Origin | None) -> list[TableSpec]:
-    """The tables of a run that reads `features` of its data, those that stay as they were marked so."""
+def specs_of(
+    schema: Schema, config: Config, features: list[str], origin: Origin | None, unread: Collection[str] = ()
+) -> list[TableSpec]:
+    """The tables of a run that reads `features` of its data, those that stay as they were marked so.
+
+    Args:
+        unread: see `catalogue.unread_tables`.
+    """
     kind = kind_of(config)
     schema, features = kind.given(schema, config, features)
     features = kind.looked_up(schema, config, features)
-    specs = table_specs(schema, config.tables, features)
+    specs = table_specs(schema, config.tables, features, unread=unread)
     frozen = frozen_tables(config.finetune, [spec.name for spec in specs], origin.tables) if origin else set()
-    return table_specs(schema, config.tables, features, frozen) if frozen else specs
+    return table_specs(schema, config.tables, features, frozen, unread) if frozen else specs
 
 
 def empty_model(prepared: Prepared, schema: Schema) -> nn.Module:
@@ -91,7 +98,9 @@ def finetune_faults(prepared: Prepared) -> list[str]:
     prepared.names = names = names_of(prepared, model)
     faults = freeze_faults(config.finetune, names, config.text.mode)
     if prepared.foundation is not None:
-        faults += model_faults(prepared.foundation, config, prepared.specs, shapes_of(model), names.own)
+        # What is not read needs not be filled.
+        specs = [spec for spec in prepared.specs if spec.name not in prepared.unread]
+        faults += model_faults(prepared.foundation, config, specs, shapes_of(model), names.own, prepared.unread)
         try:
             check_vectors(prepared.foundation.saved, prepared.store)
         except UserError as error:

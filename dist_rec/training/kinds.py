@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..layers.reduction import Reduction
 from ..schema import Feature, Schema
 from .evaluators import Evaluator, RankingEvaluator, TaskEvaluator
+from .ranking import TASK
 from .start.freeze import Levels
 
 if TYPE_CHECKING:
@@ -103,6 +104,23 @@ class Kind(ABC):
     @abstractmethod
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
+
+    def not_evaluated(self, config: Config) -> str | None:
+        """Why there is nothing to measure of this config's model, in words; None where there is."""
+        return None
+
+    def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """What an experiment's results tell of a run in keys of their own, beside metrics by task.
+
+        Args:
+            dataset: what the experiment calls the run's data.
+            overall: metrics by task.
+        """
+        return {}
+
+    def drawn(self, config: Config) -> str:
+        """The metric of a task that a few-shot curve draws."""
+        return "auc"
 
     @abstractmethod
     def finetuned(self, tree: dict[str, Any]) -> None:
@@ -243,6 +261,8 @@ class _UniSRec(Kind):
                 "train.early_stopping goes by places among the items of data.catalogue, and there is none: name it, or "
                 "set train.early_stopping: null"
             )
+        elif config.train.evaluate_every and config.data.valid is not None and (why := self.not_evaluated(config)):
+            faults.append(f"train.evaluate_every: {why}: name it, or set train.evaluate_every: 0")
         item, histories = item_of(schema, features), [n for n in features if schema.features[n].kind == "ids"]
         for history in histories:
             if item is not None and schema.table_of(history) != schema.table_of(item):
@@ -275,6 +295,18 @@ class _UniSRec(Kind):
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
 
+    def not_evaluated(self, config: Config) -> str | None:
+        if config.data.catalogue is not None:
+            return None
+        return "a sequence model is measured by its items' places among those of data.catalogue, and there is none"
+
+    def drawn(self, config: Config) -> str:
+        return _first_ndcg(config.evaluate.at)
+
+    def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        is_pretrained = config.finetune.run is not None
+        return {"dataset": dataset, "mode": config.model.item, "pretrained": is_pretrained, **overall.get(TASK, {})}
+
     def finetuned(self, tree: dict[str, Any]) -> None:
         model, data = tree["model"], tree["data"]
         # As the paper has it: the whole catalogue's softmax and no augmented copies.
@@ -285,8 +317,7 @@ class _UniSRec(Kind):
         # What pretraining has no use for: an id's vector is added to a text's.
         tree["tables"]["dim"] = model["width"]
         if data["valid"] is not None and data["catalogue"] is not None:
-            at = tree["evaluate"]["at"]
-            stopping = {"metric": f"next.ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"}
+            stopping = {"metric": f"{TASK}.{_first_ndcg(tree['evaluate']['at'])}"}
             tree["train"] |= {"epochs": MOST_EPOCHS, "evaluate_every": "epoch", "early_stopping": stopping}
 
     def most_events(self, config: Config) -> int:
@@ -297,6 +328,11 @@ class _UniSRec(Kind):
 
     def attention_layers(self, config: Config, model: nn.Module) -> int:
         return config.model.encoder.layers
+
+
+def _first_ndcg(at: Sequence[int]) -> str:
+    """The NDCG to go by, of those with these cuts."""
+    return f"ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"
 
 
 KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}

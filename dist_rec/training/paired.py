@@ -32,7 +32,7 @@ class Pairs:
 
     Attributes:
         domains: names; `domain` is a position in this list.
-        domain, user: int `[n]`; a user is -1 where unknown.
+        domain, user: int `[n]`; an unknown user is one that no other row has, equal in all pairs of a data set's runs.
         ours, other: float64 `[n]`, places.
         unranked: rows without a place in either run, left out.
         by: what rows were recognised by, `row` or `user`.
@@ -83,7 +83,17 @@ def pair(ours: tuple[RowRanks, Evaluated], other: tuple[RowRanks, Evaluated]) ->
     first, second = mine.rank[at], theirs.rank[at_theirs]
     known = ~(np.isnan(first) | np.isnan(second))
     at = at[known]
-    return Pairs(mine.domains, mine.domain[at], mine.user[at], first[known], second[known], int((~known).sum()), by)
+    # Users are not negative.
+    user = np.where(mine.user == -1, -1 - mine.row, mine.user)[at]
+    return Pairs(mine.domains, mine.domain[at], user, first[known], second[known], int((~known).sum()), by)
+
+
+def together(several: Sequence[Pairs]) -> Pairs:
+    """The pairs of several runs on one data set, such as those of several seeds, as one: a user is drawn with the rows
+    of all of them, and a mean is over all of them."""
+    first, columns = several[0], ("domain", "user", "ours", "other")
+    joined = {name: np.concatenate([getattr(pairs, name) for pairs in several]) for name in columns}
+    return Pairs(first.domains, **joined, unranked=sum(pairs.unranked for pairs in several), by=first.by)
 
 
 def _users(mine: RowRanks, theirs: RowRanks) -> list[np.ndarray]:
@@ -116,8 +126,7 @@ def compare(pairs: Pairs, at: Sequence[int], resamples: int = RESAMPLES, seed: i
         `overall` and `domains` (those with rows): each with `rows`, `users` and by metric `ours`, `other`,
         `difference` (ours - other), `low`, `high`, `p`; and `resamples`, `seed`, `paired_by`, `unranked`.
     """
-    # An unknown user is one that no other row has.
-    user = np.where(pairs.user == -1, -2 - np.arange(len(pairs.user)), pairs.user)
+    user = pairs.user
     ours, other = (rank_metrics(rank, at) for rank in (pairs.ours, pairs.other))
 
     def told(rows: np.ndarray) -> dict[str, Any]:

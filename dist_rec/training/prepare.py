@@ -18,6 +18,7 @@ from ..schema import Schema
 from ..text.onthefly import OnTheFly
 from ..text.paths import resolve_model_folder, tokenizer_fingerprint
 from ..text.store import VectorStore
+from .catalogue import unread_tables
 from .finetuning import finetune_faults, specs_of, where_it_starts
 from .kinds import kind_of
 from .prepared import Prepared
@@ -75,7 +76,8 @@ def prepare(
             origin, foundation = attempt(where_it_starts, config, schema, run or config.run_folder) or (None, None)
             features = [name for name in features if origin is None or name not in origin.left_out]
         faults += kind.faults(schema, config, features)
-        specs = attempt(specs_of, schema, config, features, origin)
+        unread = attempt(unread_tables, config, schema, features) or frozenset()
+        specs = attempt(specs_of, schema, config, features, origin, unread)
         faults += kind.table_faults(config, specs or [])
         managed = [fault_of_rows(spec.name, spec.rows, ranks) for spec in specs or [] if spec.managed]
         faults += filter(None, managed)
@@ -102,7 +104,18 @@ def prepare(
         width = store.width if store else USUAL_TEXT_WIDTH if config.text.mode != "none" else 0
         is_model = attempt(_try_model, schema, config, dims, width, features)
         prepared = Prepared(
-            config, schema, indexes, features, specs, store, view, origin, foundation, missing=missing, dropped=dropped
+            config,
+            schema,
+            indexes,
+            features,
+            specs,
+            store,
+            view,
+            origin,
+            foundation,
+            missing=missing,
+            dropped=dropped,
+            unread=unread,
         )
         has_texts = store is not None or config.text.mode != "frozen"
         if origin is not None and specs is not None and is_model and has_texts:

@@ -32,7 +32,8 @@ class Prepared:
     own, and `names` all that may stay or train; `indexes` may then have the test rows of that one and those before it
     too (`old_tests`), with the text vectors of each in `old_stores`. `missing` makes the vectors that `store` lacks,
     where text.missing is encode; `dropped` has those of texts with words dropped. `catalogue` is read when it is first
-    asked for, and `events` counts its items' in the training rows.
+    asked for, and `asked` counts how often the training rows ask for its items; `unread` are tables that have one row
+    alone (`catalogue.unread_tables`).
     """
 
     config: Config
@@ -49,7 +50,8 @@ class Prepared:
     missing: OnTheFly | None = None
     dropped: VectorStore | None = None
     catalogue: Catalogue | None = None
-    events: np.ndarray | None = None
+    asked: np.ndarray | None = None
+    unread: frozenset[str] = frozenset()
 
     @property
     def old_tests(self) -> dict[str, OldTest]:

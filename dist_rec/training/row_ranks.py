@@ -14,15 +14,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..data.index import CATALOGUE
 from ..errors import UserError
 from ..files import write_bytes
 from ..strict import from_dict, strict, to_dict
+from .catalogue import catalogue_contents
 from .evaluators import Evaluator
 from .passes import fingerprint
 from .prepared import Prepared
 from .ranking import RowRanks
 
 _KEY = b"dist_rec"
+# Of a catalogue's fingerprint: enough to tell two apart, and to be read in a message.
+FINGERPRINT_DIGITS = 12
 
 
 @strict
@@ -59,9 +63,15 @@ def keep_ranks(evaluator: Evaluator, prepared: Prepared, split: str, step: int, 
             data=fingerprint(prepared.indexes[split]),
             domains=ranks.domains,
             at=list(evaluator.at),
-            protocol={"candidates": prepared.num_items, **evaluator.protocol},
+            protocol=_catalogue(prepared) | evaluator.protocol,
         )
         write_ranks(path_of(run, split), ranks, what)
+
+
+def _catalogue(prepared: Prepared) -> dict[str, Any]:
+    """What tells the items among which rows have places from others."""
+    known = catalogue_contents(prepared) or fingerprint(prepared.indexes[CATALOGUE])
+    return {"candidates": prepared.num_items, "catalogue": known[:FINGERPRINT_DIGITS]}
 
 
 def write_ranks(path: Path, ranks: RowRanks, what: Evaluated) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,9 +85,9 @@ def train(config: Config, look_back: bool = True) -> Path:
             if back and start:
                 back.before()
             rates = trainer.train(tracker)
-            split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
-            result = trainer.evaluate(split, keep=True)
-            tracker.evaluation(trainer.evaluated_step, split, result)
+            split, result = _last_evaluation(trainer)
+            if split is not None:
+                tracker.evaluation(trainer.evaluated_step, split, result)
             if back:
                 back.after()
         finally:
@@ -100,6 +101,15 @@ def train(config: Config, look_back: bool = True) -> Path:
             entry = {"split": split, "step": trainer.evaluated_step, **result, "rates": rates}
             write_evaluation(folder, entry, of_training=True)
     return folder
+
+
+def _last_evaluation(trainer: Trainer) -> tuple[str | None, dict[str, Any]]:
+    """The split that a run ends with and what is measured of it, or None and why nothing is. Collective."""
+    prepared = trainer.prepared
+    if why := prepared.kind.not_evaluated(prepared.config):
+        return None, {"not_evaluated": why, "rates": {}, "overall": {}, "domains": {}}
+    split = next(s for s in ("test", "valid", "train") if s in prepared.indexes)
+    return split, trainer.evaluate(split, keep=True)
 
 
 def _how_it_goes_on(earlier: Saved, trainer: Trainer) -> str:

@@ -139,7 +139,7 @@ def _stream(
         rank=rank,
         world_size=world,
         vectors=vectors,
-        id_maps=id_maps(schema, config.tables.overrides, looked_up),
+        id_maps=id_maps(schema, config.tables.overrides, looked_up, prepared.unread),
         identify=kind.identified(schema, config, features),
         look_up=bool(looked_up),
         candidates=candidates_of(prepared, rank, world, training) if kind.reads_catalogue else None,

@@ -69,7 +69,8 @@ class Trainer:
             self.converted += checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
         elif start:
-            self.converted += checkpoint.load_tables(start, sharded, with_optimizer=False, only=start.manifest.tables)
+            read = start.manifest.tables.keys() - prepared.unread
+            self.converted += checkpoint.load_tables(start, sharded, with_optimizer=False, only=read)
         self._check_metric()
         self.account = Account(process, state.summary, self._count_ids)
         self.told_ids: dict[str, IdCounts] = {}

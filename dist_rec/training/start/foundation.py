@@ -127,10 +127,19 @@ def foundation_faults(foundation: Foundation, config: Config, schema: Schema) ->
 
 
 def model_faults(
-    foundation: Foundation, config: Config, specs: Sequence[TableSpec], wanted: Shapes, own: Collection[str]
+    foundation: Foundation,
+    config: Config,
+    specs: Sequence[TableSpec],
+    wanted: Shapes,
+    own: Collection[str],
+    unread: Collection[str] = (),
 ) -> list[str]:
-    """Which tables and dense parameters of a config the foundation cannot fill, and which keys differ."""
-    tables = foundation.saved.manifest.tables
+    """Which tables and dense parameters of a config the foundation cannot fill, and which keys differ.
+
+    Args:
+        specs: without `unread` ones, of which it fills none.
+    """
+    tables = {name: table for name, table in foundation.saved.manifest.tables.items() if name not in unread}
     found = [
         f"table {spec.name!r} is {' x '.join(map(str, tables[spec.name].shape))} in the foundation's checkpoint, this "
         f"config wants {spec.rows} x {spec.dim}"
