@@ -41,6 +41,8 @@ def perceptron(net: nn.Module, group: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("activation", "scaled"), [(name, name != "relu") for name in ACTIVATIONS])
 def test_experts_read_what_their_kernel_attends_to(combine, activation, scaled):
     module = KernelExperts(KERNELS, FIELDS, WIDTH, activation, combine, scaled, [5], 0.0)
+    if module.norm is not None:
+        nn.init.normal_(module.norm.bias)
     kernels, (values, present) = torch.randn(KERNELS, WIDTH), some_fields()
     experts, attention = module(kernels, Fields(values, present))
     act = ACTIVATIONS[activation]
