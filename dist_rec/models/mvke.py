@@ -22,7 +22,7 @@ over ranks goes through the `Reduction` it is given. Every submodule is called i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,7 @@ from ..layers.task_towers import TaskTowers
 from ..layers.virtual_kernels import CrossedKernels, KernelExperts, KernelGate
 from ..schema import Feature, Schema
 from .foundation import EMBEDDING_L2, TOTAL, history_groups
-from .towers import TwoTowers
-
-Side = Literal["user", "item"]
+from .towers import Side, TwoTowers
 
 
 class MVKE(nn.Module):

@@ -17,13 +17,13 @@ from ..config import Config, ModelConfig, MVKEConfig, UniSRecConfig
 from ..data.candidates import CANDIDATES, CANDIDATES_TEXT
 from ..errors import UserError
 from ..layers.reduction import Reduction
-from ..models.towers import TwoTowers
 from ..schema import Feature, Schema
 from .evaluators import Evaluator, RankingEvaluator, TaskEvaluator
 from .start.freeze import Levels
 
 if TYPE_CHECKING:
     from ..embeddings.tables import TableSpec
+    from ..models.towers import TwoTowers
 
 # Of a finetuned sequence model that stops early: epochs, and the cut of the NDCG that it goes by.
 MOST_EPOCHS, STOPS_AT = 300, 10
@@ -100,14 +100,6 @@ class Kind(ABC):
         Raises:
             UserError: there is none.
         """
-
-    def towers(self, schema: Schema, config: Config, features: Sequence[str]) -> TwoTowers:
-        """What an index can serve of the model of a schema and features as `given` has them.
-
-        Raises:
-            UserError: nothing.
-        """
-        raise UserError(f"model.kind {config.model.kind} has no vectors of users and items whose products are scores.")
 
     @abstractmethod
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
