@@ -164,3 +164,26 @@ def test_what_is_read_of_the_data(small):
         assert features == [name for name in every if name not in lacks]
         towers = kind_of(config).towers(schema, config, features)
         assert (*towers.user_features, *towers.item_features) == tuple(features) and towers.exact["ctr"]
+
+
+def test_a_report_shows_what_kernels_learned(run):
+    """The same on two ranks as on one; every mixture adds up to 1."""
+    found = []
+    for ranks in (1, 2):
+        out = run.parent / f"report-{ranks}.html"
+        said = dist_rec("report", run, "--rows", 0, "--out", out, "--nproc-per-node", ranks, "--json")
+        found.append(json.loads(said.splitlines()[-1]))
+        html = out.read_text()
+        for part in ("kernels-attention", "kernels-gates-0", "kernels-gates-1", "kernel of relevance"):
+            assert part in html
+    one, two = (report["kernels"] for report in found)
+    assert one["names"] == ["shared 1", "shared 2", "ctr 1", "relevance 1"]
+    assert one["fields"] == ["user_id", "age", "history"] and found[0]["left_out"] == {}
+    assert found[0]["rows"] == found[1]["rows"] and sum(found[0]["rows"].values()) == found[0]["rows_of_split"]
+    for a, b in zip(one["attention"], two["attention"], strict=True):
+        assert a == pytest.approx(b, abs=1e-5) and 0.9 < sum(a) <= 1.00001
+    for task, own in (("ctr", [0, 1, 2]), ("relevance", [0, 1, 3])):
+        assert one["tasks"][task]["kernels"] == own and len(one["tasks"][task]["best"]) == 3
+        for a, b in zip(one["tasks"][task]["tags"], two["tasks"][task]["tags"], strict=True):
+            assert (a["tag"], a["rows"]) == (b["tag"], b["rows"]) and a["tag"].startswith("i")
+            assert a["weights"] == pytest.approx(b["weights"], abs=1e-5) and sum(a["weights"]) == pytest.approx(1)

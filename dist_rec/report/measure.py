@@ -22,9 +22,11 @@ from ..layers.experts import ExpertLevel
 from ..layers.per_domain import sort_by_domain
 from ..layers.reduction import Reduction, full_precision
 from ..models.foundation import FoundationModel
+from ..models.mvke import MVKE
 from ..training.evaluate import Trained
 from ..training.exchange import Exchange
 from ..training.setup import build_stream
+from .kernels import measure_kernels
 
 
 class Watch:
@@ -111,8 +113,8 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
     """Pass over about `rows` rows of a split, shuffled over its domains (0: all), and say what was seen. Collective.
 
     Returns:
-        `rows` of each domain that was seen; `aspects`, `experts` and `distances` as below; `left_out`, by section why
-        it is not there.
+        `rows` of each domain that was seen; `aspects`, `experts` and `distances` as below, or, of an MVKE, what
+        `measure_kernels` has; `left_out`, by section why it is not there.
     """
     prepared, process, model = trained.prepared, trained.process, trained.model
     tasks = prepared.kind.heads(prepared.schema, prepared.config)
@@ -121,6 +123,8 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
             f"a report tells of the gates and experts of foundation models, and model.kind is "
             f"{prepared.config.model.kind}: see evaluation.json and tensorboard/ of the run folder."
         )
+    if isinstance(model, MVKE):
+        return measure_kernels(trained, split, rows)
     stream = build_stream(prepared, split, process.rank, process.world_size, shuffled=True)
     steps = -(-rows // (stream.order.per_stream * stream.order.streams)) if rows else stream.steps
     watch = Watch(model, tasks)

@@ -22,6 +22,7 @@ from ..training.evaluate import trained
 from ..training.evaluation import FILE_NAME
 from . import figures
 from .curves import read_curves
+from .kernels import kernels_part
 from .measure import measure
 from .table import columns_of, evaluation_lines
 
@@ -155,11 +156,12 @@ def page(found: dict[str, Any], run: Path) -> str:
     seen = sum(found["rows"].values())
     parts = [
         f"<h1>{escape(str(run))}</h1>",
-        f"<p>Checkpoint of step {found['step']:,}. Figures of gates, experts and distances are of {seen:,} of the "
+        f"<p>Checkpoint of step {found['step']:,}. Figures of what its gates and experts do are of {seen:,} of the "
         f"{found['rows_of_split']:,} rows of {found['split']}, shuffled over the domains.</p>",
         *_said(found["left_out"]),
         *_evaluation_part(found),
         *_curves_part(found["curves"]),
+        *kernels_part(found.get("kernels")),
         *_aspects_part(found["aspects"]),
         *_experts_part(found["experts"]),
         *_distances_part(found["distances"]),
