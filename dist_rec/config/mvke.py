@@ -42,7 +42,8 @@ class UserTowerConfig:
 
     * `kind`: `mvke` virtual kernels; and, to compare with, `single_task` an expert for each task, `shared_bottom` one
       for all (hard sharing), `mmoe`, `cgc` and `ple` experts that gates of the user's fields mix, `multi_interest`
-      several interests of a user, which the item weighs (ComiRec's self-attention, MIND's label-aware attention).
+      several interests of a user, which the item weighs (ComiRec's self-attention, MIND's label-aware attention); it
+      attends to a history's events one by one, whatever `history.kind`.
     * `hidden`: widths of an expert's hidden layers.
     * `tower_hidden`: of the tasks' towers behind shared_bottom, mmoe, cgc and ple.
     * `experts`: shared ones of mmoe, cgc and ple; `specific_experts`: of each task and level, of cgc and ple.

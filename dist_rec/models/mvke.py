@@ -181,7 +181,7 @@ class MVKE(nn.Module):
         parts, (experts, item_kernels) = self._parts(user, kernels), self.item(item)
         logits = []
         for number in range(len(self.tasks)):
-            own, one = parts[number], min(number, experts.shape[1] - 1)
+            own, one = parts[number], self._vector_of(number)
             tag = experts[:, one].mean(1)
             weights = self._weights(number, own, tag, kernels)
             if self.config.item.kind == "vke_vkg":
@@ -220,6 +220,10 @@ class MVKE(nn.Module):
         shared = self.config.kernels.shared
         return torch.cat([of_kernels[..., :shared, :], of_kernels[..., start:stop, :]], -2)
 
+    def _vector_of(self, number: int) -> int:
+        """Which of the item's vectors a task reads."""
+        return 0 if self.config.item.shared else number
+
     def _weights(self, number: int, parts: Tensor, tag: Tensor, kernels: Tensor | None) -> Tensor:
         """w, `[B, P_t]`."""
         kind = self.config.user.kind
@@ -256,7 +260,7 @@ class MVKE(nn.Module):
         kernels, (experts, _) = self._kernels(), self.item(item)
         tags, gates = {}, {}
         for number, task in enumerate(self.tasks):
-            one = min(number, experts.shape[1] - 1)
+            one = self._vector_of(number)
             tag = experts[:, one].mean(1)
             if self.config.user.kind == "mvke":
                 weights = self.gate(tag, self._of_task(number, kernels))
