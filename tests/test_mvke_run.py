@@ -20,7 +20,7 @@ from dist_rec.text.embed import embed
 from dist_rec.training import checkpoint
 from dist_rec.training.kinds import kind_of
 
-SECONDS = 180
+SECONDS = 240
 HISTORY = "history: {dropout: 0.0, feedforward: 16}"
 # Vectors are small where training begins, and so are gradients.
 MODELS = {
