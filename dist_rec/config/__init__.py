@@ -30,6 +30,15 @@ from .model import (
     TaskConfig,
     TextConfig,
 )
+from .mvke import (
+    GateConfig,
+    ItemTowerConfig,
+    KernelsConfig,
+    MVKEConfig,
+    ObjectiveConfig,
+    ScoreConfig,
+    UserTowerConfig,
+)
 from .training import CheckpointConfig, DenseConfig, EarlyStoppingConfig, EvaluateConfig, RunConfig, TrainConfig
 from .unisrec import AdaptorConfig, ContrastConfig, SequenceEncoderConfig, UniSRecConfig, unisrec_faults
 
@@ -45,11 +54,17 @@ __all__ = [
     "EarlyStoppingConfig",
     "EvaluateConfig",
     "FinetuneConfig",
+    "GateConfig",
     "HistoryConfig",
+    "ItemTowerConfig",
+    "KernelsConfig",
     "LoraConfig",
+    "MVKEConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "RegulariserConfig",
     "RunConfig",
+    "ScoreConfig",
     "SequenceEncoderConfig",
     "TableConfig",
     "TablesConfig",
@@ -57,6 +72,7 @@ __all__ = [
     "TextConfig",
     "TrainConfig",
     "UniSRecConfig",
+    "UserTowerConfig",
     "apply_overrides",
     "check_multiple",
     "check_names",
@@ -75,7 +91,10 @@ def _kind_of_model(model: Any) -> str:
 
 
 AnyModel = Annotated[
-    Annotated[ModelConfig, Tag(FOUNDATION)] | Annotated[UniSRecConfig, Tag("unisrec")], Discriminator(_kind_of_model)
+    Annotated[ModelConfig, Tag(FOUNDATION)]
+    | Annotated[UniSRecConfig, Tag("unisrec")]
+    | Annotated[MVKEConfig, Tag("mvke")],
+    Discriminator(_kind_of_model),
 ]
 
 

@@ -171,7 +171,7 @@ def _rates(counts: dict[str, float]) -> dict[str, Any]:
 def _table(root: str, index: Index, table: str, counter: IdCounter, top: int) -> dict[str, Any]:
     frequent = counter.top(top)
     kind = index.schema.features[table].vocabulary.kind
-    raw = _raw_values(root, table, [row for row, _ in frequent]) if kind == "dictionary" else {}
+    raw = raw_values(root, table, [row for row, _ in frequent]) if kind == "dictionary" else {}
     return {
         "vocabulary": kind,
         "size": index.schema.table_sizes()[table] if kind != "raw" else None,
@@ -182,7 +182,7 @@ def _table(root: str, index: Index, table: str, counter: IdCounter, top: int) ->
     }
 
 
-def _raw_values(root: str, table: str, rows: list[int]) -> dict[int, str]:
+def raw_values(root: str, table: str, rows: list[int]) -> dict[int, str]:
     """Raw values of table rows from the vocabulary in the data set's folder or its parent's."""
     for folder in (root, root.rstrip("/").rpartition("/")[0]):
         if not folder and not root.startswith("/"):

@@ -90,7 +90,7 @@ class FoundationModel(nn.Module):
 
         texts = {role: list(of(role, "text")) if text_width else [] for role in ("user", "query", "item")}
         with_texts = bool(text_width) and config.history.use_text
-        groups = _history_groups(of("history", "ids"), of("history", "texts") if with_texts else {})
+        groups = history_groups(of("history", "ids"), of("history", "texts") if with_texts else {})
         self.histories = groups if config.history.kind != "none" else []
         self.user_texts = texts["user"]
         self.has_text = any(texts.values()) or any(text for _, text in self.histories)
@@ -309,7 +309,7 @@ def _matches(aspects: Aspects, histories: Histories, config: ModelConfig) -> lis
     return ([query] if query else []) + [text for _, text in histories if text]
 
 
-def _history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> Histories:
+def history_groups(ids: dict[str, Feature], texts: dict[str, Feature]) -> Histories:
     """Which history features list the same events, and so are summed event by event.
 
     List columns of the raw data are aligned by the schema's contract; collected histories

@@ -21,9 +21,11 @@ from ..layers.experts import ExpertLevel
 from ..layers.per_domain import sort_by_domain
 from ..layers.reduction import Reduction, full_precision
 from ..models.foundation import FoundationModel
+from ..models.mvke import MVKE
 from ..training.evaluate import Trained
 from ..training.exchange import Exchange
 from ..training.setup import build_stream
+from .kernels import measure_kernels
 
 
 class Watch:
@@ -110,10 +112,13 @@ def measure(trained: Trained, split: str, rows: int) -> dict[str, Any]:
     """Pass over about `rows` rows of a split, shuffled over its domains (0: all), and say what was seen. Collective.
 
     Returns:
-        `rows` of each domain that was seen; `aspects`, `experts` and `distances` as below; `left_out`, by section why
-        it is not there. Of a model that is no foundation's nothing is looked at, for it has none of these.
+        `rows` of each domain that was seen; `aspects`, `experts` and `distances` as below, or, of an MVKE, what
+        `measure_kernels` has; `left_out`, by section why it is not there. Of other models nothing is looked at, for
+        they have none of these.
     """
     prepared, process, model = trained.prepared, trained.process, trained.model
+    if isinstance(model, MVKE):
+        return measure_kernels(trained, split, rows)
     whole = {"split": split, "rows_of_split": prepared.indexes[split].rows}
     if not isinstance(model, FoundationModel):
         why = f"model.kind {prepared.config.model.kind} has none; they are of foundation models"

@@ -23,6 +23,7 @@ from ..training.evaluation import FILE_NAME
 from ..training.kinds import kind_of
 from . import figures
 from .curves import read_curves
+from .kernels import kernels_part
 from .measure import measure
 from .table import columns_of, evaluation_lines
 
@@ -156,7 +157,7 @@ def page(found: dict[str, Any], run: Path) -> str:
     """The whole HTML of what `report` found."""
     seen = sum(found["rows"].values())
     looked_at = (
-        f" Figures of gates, experts and distances are of {seen:,} of the {found['rows_of_split']:,} rows of "
+        f" Figures of what its gates and experts do are of {seen:,} of the {found['rows_of_split']:,} rows of "
         f"{found['split']}, shuffled over the domains."
     )
     parts = [
@@ -165,6 +166,7 @@ def page(found: dict[str, Any], run: Path) -> str:
         *_said(found["left_out"]),
         *_evaluation_part(found),
         *_curves_part(found["curves"]),
+        *kernels_part(found.get("kernels")),
         *_aspects_part(found["aspects"]),
         *_experts_part(found["experts"]),
         *_distances_part(found["distances"]),

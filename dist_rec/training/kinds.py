@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from ..config import Config, ModelConfig, UniSRecConfig
+from ..config import Config, ModelConfig, MVKEConfig, UniSRecConfig
 from ..data.candidates import CANDIDATES, CANDIDATES_TEXT
 from ..errors import UserError
 from ..layers.reduction import Reduction
@@ -24,6 +24,7 @@ from .start.freeze import Levels
 
 if TYPE_CHECKING:
     from ..embeddings.tables import TableSpec
+    from ..models.towers import TwoTowers
 
 # Of a finetuned sequence model that stops early: epochs, and the cut of the NDCG that it goes by.
 MOST_EPOCHS, STOPS_AT = 300, 10
@@ -335,7 +336,64 @@ def _first_ndcg(at: Sequence[int]) -> str:
     return f"ndcg@{STOPS_AT if STOPS_AT in at else max(at)}"
 
 
-KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec()}
+class _MVKE(Kind):
+    """Reads the user, with histories, and the item, which is the tag; queries are left alone."""
+
+    levels = Levels(
+        encoders=("text_encoder.", "text_projection.", "user_fields.", "item_fields."),
+        adaptors=("kernels.", "gate.", "crossed.", "item.kernels.", "item_gate."),
+        heads=("item.", "item_gate.", "gate."),
+    )
+    finetune_epochs = 2
+
+    def features(self, schema: Schema, config: Config) -> list[str]:
+        text, history = config.text.mode != "none", config.model.history
+        used = []
+        for name, feature in schema.features.items():
+            wanted = feature.role in ("user", "item") or feature.role == "history" and history.kind != "none"
+            wanted &= feature.kind != "text" or text
+            wanted &= feature.kind != "texts" or text and history.use_text
+            if wanted and name not in config.data.exclude_features:
+                used.append(name)
+        return used
+
+    def heads(self, schema: Schema, config: Config) -> dict[str, str]:
+        from ..models.mvke import tasks_of
+
+        return {task: spec.label for task, spec in tasks_of(schema, config.model).items()}
+
+    def model(self, schema, config, table_dims, text_width, text_encoder, features, reduction) -> nn.Module:
+        from ..models.mvke import MVKE
+
+        return MVKE(schema, config.model, table_dims, text_width, text_encoder, features, reduction)
+
+    def towers(self, schema: Schema, config: Config, features: Sequence[str]) -> TwoTowers:
+        from ..models.mvke import two_towers
+
+        return two_towers(schema, config.model, features)
+
+    def evaluator(self, schema: Schema, config: Config) -> Evaluator:
+        return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
+
+    def finetuned(self, tree: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def most_events(self, config: Config) -> int:
+        return config.model.history.max_length
+
+    def used_by(self, parameter: str) -> Literal["event", "text", "row"]:
+        if parameter.startswith("user_fields.encoders."):
+            return "event"
+        return "text" if parameter.startswith("text_projection") else "row"
+
+    def attention_layers(self, config: Config, model: nn.Module) -> int:
+        history = config.model.history
+        if history.kind != "transformer" or config.model.user.kind == "multi_interest":
+            return 0
+        return len(model.user_fields.encoders) * history.layers
+
+
+KINDS: dict[type, Kind] = {ModelConfig: _Foundation(), UniSRecConfig: _UniSRec(), MVKEConfig: _MVKE()}
 
 
 def kind_of(config: Config) -> Kind:

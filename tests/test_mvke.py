@@ -1,0 +1,407 @@
+"""MVKE: what an index would score is what the model scores, ranks equal one process, and nothing but fields decides."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from ranks import gradients, run_ranks
+from test_foundation import (
+    ABSENT,
+    DIMS,
+    EVERYTHING,
+    NUM_TEXTS,
+    SCHEMA,
+    TEXT_WIDTH,
+    Tables,
+    TinyEncoder,
+    as_batch,
+    cut,
+    make_rows,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from dist_rec.config import MVKEConfig
+from dist_rec.config.mvke import PRESETS
+from dist_rec.data.rows import Ragged, Rows
+from dist_rec.errors import UserError
+from dist_rec.layers.reduction import Reduction
+from dist_rec.models.mvke import MVKE, both, two_towers
+from dist_rec.strict import from_dict, to_dict
+
+READ = [name for name, feature in SCHEMA.features.items() if feature.role != "query"]
+USER = [name for name in READ if SCHEMA.features[name].role != "item"]
+ITEM = [name for name in READ if SCHEMA.features[name].role == "item"]
+KINDS = ["mvke", "single_task", "shared_bottom", "mmoe", "cgc", "ple", "multi_interest"]
+
+
+def config(**changes) -> dict:
+    base = {
+        "kind": "mvke",
+        "width": 6,
+        "history": {"feedforward": 8, "dropout": 0.0, "use_text": True, "max_length": 4},
+        "user": {"hidden": [5], "experts": 2, "specific_experts": 1, "interests": 3},
+        "kernels": {"shared": 2, "specific": 1},
+        "item": {"hidden": [7]},
+        "tasks": {t: {"label": t, "weight": w} for t, w in (("ctr", 1.0), ("cvr", 0.5), ("relevance", 2.0))},
+    }
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(value, dict) and key != "tasks" and key in base else value
+    return base
+
+
+GIVEN = {"cvr": {"label": "cvr", "given": "ctr", "weight": 0.5}}
+
+
+class Whole(nn.Module):
+    """Tables and model together: one process of a hybrid run."""
+
+    def __init__(self, tree: dict, features=READ, encoder=None, dtype=torch.float64) -> None:
+        super().__init__()
+        self.tables = Tables()
+        # Nobody trains the one that queries would read.
+        queries = self.tables.tables["table_query_id"]
+        weight = queries.weight.detach()
+        del queries.weight
+        queries.register_buffer("weight", weight)
+        args = (SCHEMA, from_dict(MVKEConfig, tree, "test"), DIMS, TEXT_WIDTH, encoder, list(features), Reduction())
+        self.model = MVKE(*args)
+        self.to(dtype)
+
+    def forward(self, batch, side=None) -> dict:
+        return self.model(self.tables(batch), batch, side=side)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def parameters(tree: dict) -> int:
+    return sum(p.numel() for p in Whole(tree).model.parameters())
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_a_preset_fills_what_is_not_said(preset):
+    said = from_dict(MVKEConfig, config(preset=preset, gate={"scaled": True}), "test")
+    for (section, key), value in PRESETS[preset].items():
+        if (section, key) == ("kernels", "init_std") and value is None:
+            value = 6**-0.5
+        assert getattr(getattr(said, section), key) == (True if (section, key) == ("gate", "scaled") else value)
+    assert from_dict(MVKEConfig, to_dict(said), "saved") == said
+    assert PRESETS["paper"].keys() == PRESETS["official"].keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"kernels": {"shared": 0, "specific": 0}}, "kernels.specific 0 beside kernels.shared 0"),
+        ({"kernels": {"shared": 0}, "tasks": {"ctr": {"label": "ctr", "kernels": 0}}}, "tasks.ctr.kernels 0 beside"),
+        ({"user": {"kind": "mmoe"}, "kernels": {"crossed": True}}, "kernels.crossed is of user.kind mvke, and"),
+        ({"tasks": {"cvr": {"label": "cvr", "given": "ctrr"}}}, "tasks.cvr.given: 'ctrr' is no other task: there is"),
+        ({"tasks": {"cvr": {"label": "cvr", "given": "cvr"}}}, "tasks.cvr.given: 'cvr' is no other task"),
+        ({"tasks": GIVEN | {"relevance": {"label": "relevance", "given": "cvr"}}}, "cvr is given itself"),
+        ({"width": 7}, "width 7 is not a multiple of history.heads 2"),
+    ],
+)
+def test_what_no_model_could_be_is_refused(changes, fault):
+    with pytest.raises(UserError, match=fault):
+        from_dict(MVKEConfig, config(**changes), "test")
+
+
+def test_what_the_data_lacks_is_said():
+    with pytest.raises(UserError, match="features of the item .* none of schema 'test'"):
+        Whole(config(), features=USER)
+    with pytest.raises(UserError, match="features of the user .* none of schema 'test'"):
+        Whole(config(), features=ITEM)
+    with pytest.raises(UserError, match="model.tasks.ctr.label: 'clik' is not known"):
+        Whole(config(tasks={"ctr": {"label": "clik"}}))
+    with pytest.raises(UserError, match="no task may be called 'loss'"):
+        Whole(config(tasks={"loss": {"label": "ctr"}}))
+
+
+def pairs(rows: Rows) -> Rows:
+    """Every row's user with every row's item."""
+    n = len(rows)
+    users, items = rows.take(np.repeat(np.arange(n), n)), rows.take(np.tile(np.arange(n), n))
+    for name in ITEM:
+        for of_kind in ("ids", "dense", "texts"):
+            if name in getattr(items, of_kind):
+                getattr(users, of_kind)[name] = getattr(items, of_kind)[name]
+    users.row = np.arange(n * n)
+    return users
+
+
+EXACT = [
+    {},
+    {"score": {"kind": "parts", "scale": 8.0}},
+    {"preset": "paper", "score": {"kind": "dot"}},
+    {"preset": "paper", "score": {"kind": "parts"}},
+    {"gate": {"kind": "argmax"}},
+    {"item": {"kind": "vke"}},
+    {
+        "kernels": {"combine": "sum", "shared": 0},
+        "score": {"kind": "parts"},
+        "tasks": {"ctr": {"label": "ctr", "kernels": 3}},
+    },
+    # One vector, whose weight is 1, is as good as the whole.
+    {"kernels": {"shared": 1, "specific": 0}, "score": {"kind": "cosine"}},
+    *({"user": {"kind": kind}, "score": {"kind": "cosine"}} for kind in KINDS[1:-1]),
+]
+NOT_EXACT = {
+    "cosine divides by the length": {"preset": "paper"},
+    "vke_vkg makes the item's vector depend": {"item": {"kind": "vke_vkg"}},
+    "crossed makes the kernels depend": {"kernels": {"crossed": True}},
+    "multi_interest weighs interests": {"user": {"kind": "multi_interest"}},
+}
+
+
+def scores(changes: dict, dtype=torch.float32) -> tuple[dict, dict, MVKE]:
+    """Of every user with every item: what the model says, and what products of the sides' vectors say."""
+    module = Whole(config(**changes), dtype=dtype)
+    # Far from their start, where kernels and interests are all but alike.
+    for name, parameter in module.model.named_parameters():
+        if any(part in name for part in ("kernels", "crossed", "interests")):
+            nn.init.normal_(parameter)
+    rows = make_rows(9)
+    one, every = as_batch(rows, 9), as_batch(pairs(rows), 81)
+    if dtype == torch.float32:
+        for batch in (one, every):
+            batch.dense = {name: values.float() for name, values in batch.dense.items()}
+    logits = {task: x.view(9, 9) for task, x in module(every)["logits"].items()}
+    users, items = (module(one, side=side)["vectors"] for side in ("user", "item"))
+    towers = two_towers(SCHEMA, module.model.config, READ)
+    assert towers.tasks == tuple(logits) and towers.user_features == tuple(USER) and towers.item_features == tuple(ITEM)
+    products = {task: towers.scale[task] * users[task] @ items[task].t() + towers.bias[task] for task in towers.tasks}
+    return logits, products, towers
+
+
+@pytest.mark.parametrize("changes", EXACT, ids=str)
+def test_an_index_gives_the_models_scores(changes):
+    """In float32, of all pairs, relative to the size of what is added up."""
+    logits, products, towers = scores(changes)
+    for task, wanted in logits.items():
+        assert towers.exact[task] and task not in towers.why
+        assert products[task].dtype == torch.float32
+        worst = (products[task] - wanted).abs().max() / wanted.abs().max()
+        assert worst < 1e-5, (task, worst)
+        assert wanted.std() > 1e-4
+
+
+@pytest.mark.parametrize("reason", list(NOT_EXACT))
+def test_what_no_index_serves_says_so_and_differs(reason):
+    logits, products, towers = scores(NOT_EXACT[reason], torch.float64)
+    for task, wanted in logits.items():
+        assert not towers.exact[task] and reason in towers.why[task]
+        assert (products[task] - wanted).abs().max() > 1e-4 * wanted.abs().max()
+        # Approximate is not arbitrary.
+        found, wanted = products[task].flatten(), wanted.flatten()
+        assert torch.corrcoef(torch.stack([found, wanted]))[0, 1] > 0.3, task
+
+
+def test_a_task_that_is_given_another_is_no_product():
+    logits, products, towers = scores({"tasks": config()["tasks"] | GIVEN})
+    assert towers.exact == {"ctr": True, "cvr": False, "relevance": True} and "ctr" in towers.why["cvr"]
+    torch.testing.assert_close(both(products["ctr"], products["cvr"]), logits["cvr"], rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_of_items_are_their_tags_by_weight():
+    module = Whole(config(tasks=config()["tasks"] | {"cvr": {"label": "cvr", "kernels": 3}}))
+    out = module(as_batch(make_rows(), 24), side="item")
+    for task, count in (("ctr", 3), ("cvr", 5), ("relevance", 3)):
+        tags, weights = out["tags"][task], out["weights"][task]
+        assert weights.shape == (24, count) and tags.shape == (24, 6)
+        torch.testing.assert_close(weights.sum(1), torch.ones(24, dtype=torch.float64))
+        torch.testing.assert_close(out["vectors"][task], torch.cat([weights[:, [k]] * tags for k in range(count)], 1))
+
+
+def test_the_score_is_the_paper_s(doubles):
+    """The whole forward of one task, its equations written out."""
+    module = Whole(config(preset="paper", item={"hidden": []}, tasks={"ctr": {"label": "ctr"}}))
+    model, batch = module.model, as_batch(make_rows(), 24)
+    embeddings, lengths = module.tables(batch), batch.id_lengths()
+    texts = model.text_projection(batch.text_vectors.double())
+    (fields, _), (items, _) = (
+        side(embeddings, lengths, batch, texts, torch.float64) for side in (model.user_fields, model.item_fields)
+    )
+    kernels, gate = model.kernels.weight, model.gate
+    experts, _ = model.experts(kernels, fields)
+    tag = items.values.flatten(1) @ model.item.tower.layers[0].weight[0, 0] + model.item.tower.layers[0].bias[0, 0]
+    query, keys, values = gate.query(tag), gate.key(kernels), gate.value(experts)
+    weights = torch.softmax(query @ keys.t() / 6**0.5, 1)
+    user = (weights[:, :, None] * values).sum(1)
+    torch.testing.assert_close(module(batch)["logits"]["ctr"], F.cosine_similarity(user, tag))
+
+
+def test_fields_are_what_a_row_has():
+    module = Whole(config(), dtype=torch.float64)
+    rows = make_rows(40)
+    batch = as_batch(rows, 40)
+    texts = module.model.text_projection(batch.text_vectors.double())
+    fields, events = module.model.user_fields(module.tables(batch), batch.id_lengths(), batch, texts, torch.float64)
+    names = module.model.user_fields.names
+    assert names == ["user", "interests", "age", "bio", "clicked", "bought"] and not events
+    assert not fields.values[~fields.present].any() and fields.present.any(0).all() and not fields.present.all(0).any()
+    at = names.index("interests")
+    assert torch.equal(fields.present[:, at], torch.from_numpy(rows.ids["interests"].lengths > 0))
+    assert torch.equal(fields.present[:, names.index("age")], ~torch.isnan(batch.dense["age"]).all(1))
+    wanted = module.tables(batch)["interests"] @ module.model.user_fields.id_maps[1].weight.t()
+    torch.testing.assert_close(fields.values[:, at], wanted)
+    # A table of the fields' own width needs no map.
+    assert isinstance(module.model.item_fields.id_maps[0], nn.Identity)
+
+
+CASES = [
+    *({"user": {"kind": kind}} for kind in KINDS),
+    {"preset": "paper", "embedding_l2": 0.1},
+    {"preset": "paper", "score": {"kind": "parts"}, "gate": {"kind": "argmax"}},
+    {"item": {"kind": "vke_vkg"}, "kernels": {"crossed": True, "combine": "sum"}},
+    {"item": {"kind": "vke", "shared": True}, "tasks": GIVEN | {"ctr": {"label": "ctr"}}},
+    {"history": {"kind": "mean", "use_text": False}, "tasks": {}},
+]
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_ranks_together_equal_one_process_on_the_global_batch(changes):
+    """Unequal parts, one without any row, all padded with masked rows."""
+    rows = make_rows(40)
+    rank_of = np.random.default_rng(3).integers(0, 2, 40)
+    module = Whole(config(**changes))
+    whole = module(as_batch(rows, 40))
+    whole["loss"].backward()
+    parts = [cut(rows, rank_of == r) for r in range(3)]
+    mean, outputs = run_ranks(module, [as_batch(p, 32) for p in parts])
+    for name, grad in gradients(module).items():
+        torch.testing.assert_close(mean[name], grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    for output in outputs:
+        torch.testing.assert_close(output["losses"], whole["losses"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.stack([o["loss"] for o in outputs]).mean(), whole["loss"])
+    for task, logits in whole["logits"].items():
+        for r in range(2):
+            torch.testing.assert_close(outputs[r]["logits"][task][: len(parts[r])], logits[rank_of == r])
+
+
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_masked_rows_change_nothing(changes):
+    rows, module, found = make_rows(), Whole(config(**changes)), []
+    for size in (24, 37):
+        module.zero_grad()
+        batch = as_batch(rows, size)
+        for known in batch.label_valid.values():
+            known |= ~batch.valid  # `valid` alone decides, whatever else a masked row claims
+        output = module(batch)
+        output["loss"].backward()
+        found.append((output["losses"], gradients(module), {t: v[:24] for t, v in output["logits"].items()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("absent", list(ABSENT))
+@pytest.mark.parametrize("changes", CASES, ids=str)
+def test_every_parameter_has_a_gradient_whatever_is_absent(changes, absent):
+    module = Whole(config(**changes), encoder=TinyEncoder())
+    module(as_batch(make_rows(empty=ABSENT[absent]), 26))["loss"].backward()
+    for name, p in module.model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("side", ["user", "item"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_side_reads_its_own_features_and_no_labels(side, kind):
+    module, batch = Whole(config(user={"kind": kind})), as_batch(make_rows(), 24)
+    wanted = module(batch, side=side)["vectors"]
+    own = USER if side == "user" else ITEM
+    bare = copy.copy(batch)
+    for of_feature in ("dense", "text_index", "text_lengths"):
+        setattr(bare, of_feature, {n: x for n, x in getattr(batch, of_feature).items() if n in own})
+    bare.labels, bare.label_valid = {}, {}
+    embeddings = {name: x for name, x in module.tables(batch).items() if name in own}
+    torch.testing.assert_close(module.model(embeddings, bare, side=side)["vectors"], wanted)
+
+
+def test_a_task_s_own_kernels_are_nobody_else_s():
+    tasks = {"ctr": {"label": "ctr"}, "cvr": {"label": "cvr", "kernels": 2}, "relevance": {"label": "relevance"}}
+    module = Whole(config(tasks=tasks))
+    assert module.model.kernels.weight.shape == (2 + 1 + 2 + 1, 6)
+    for number, task in enumerate(tasks):
+        module.zero_grad()
+        module(as_batch(make_rows(), 24))["logits"][task].sum().backward()
+        moved = module.model.experts.experts.layers[-1].bias.grad[0].any(1).nonzero()[:, 0].tolist()
+        assert moved == [0, 1, *[[2], [3, 4], [5]][number]]
+        # Nor are tags, unless they are said to be.
+        tags = module.model.item.tower.layers[-1].bias.grad[0].any(1).nonzero()[:, 0].tolist()
+        assert tags == [number]
+    assert len(Whole(config(item={"shared": True})).model.item.tower.layers[-1].bias[0]) == 1
+
+
+def test_losses_are_of_known_labels_alone():
+    rows, module = make_rows(), Whole(config(embedding_l2=0.2))
+    batch = as_batch(rows, 30)
+    output = module(batch)
+    total = 0.0
+    for task, weight, maximum in (("ctr", 1.0, 1), ("cvr", 0.5, 1), ("relevance", 2.0, 3)):
+        known = ~np.isnan(rows.labels[task])
+        targets = torch.from_numpy(rows.labels[task][known] / maximum).double()
+        logits = output["logits"][task][:24][torch.from_numpy(known)]
+        wanted = F.binary_cross_entropy(torch.sigmoid(logits), targets)
+        torch.testing.assert_close(output["losses"][task], wanted, check_dtype=False)
+        total = total + weight * wanted
+    read = {name: x for name, x in module.tables(batch).items() if SCHEMA.features[name].role in ("user", "item")}
+    norms = sum(x[:24].square().sum(1) for x in read.values()).mean()
+    torch.testing.assert_close(output["losses"]["embedding_l2"], norms)
+    torch.testing.assert_close(output["loss"], total + 0.2 * norms, check_dtype=False)
+
+
+def test_a_given_task_learns_from_all_rows_of_the_other():
+    rows = make_rows(60)
+    clicks, buys = rows.labels["ctr"], rows.labels["cvr"]
+    module = Whole(config(tasks={"ctr": {"label": "ctr"}} | GIVEN))
+    output = module(as_batch(rows, 64))
+    alone = Whole(config(tasks={"ctr": {"label": "ctr"}, "cvr": {"label": "cvr"}}))
+    alone.load_state_dict(module.state_dict())
+    raw = alone(as_batch(rows, 64))["logits"]
+    click, buy = (torch.sigmoid(raw[task][:60]) for task in ("ctr", "cvr"))
+    torch.testing.assert_close(torch.sigmoid(output["logits"]["cvr"][:60]), click * buy)
+    # Known where the click is, and, where there was one, the purchase.
+    known = ~np.isnan(clicks) & (~np.isnan(buys) | (clicks == 0))
+    assert (known & np.isnan(buys)).any() and (~known & ~np.isnan(buys)).any()
+    happened = torch.from_numpy(np.where(clicks == 1, np.nan_to_num(buys), 0.0))[torch.from_numpy(known)].double()
+    wanted = F.binary_cross_entropy((click * buy)[torch.from_numpy(known)], happened)
+    torch.testing.assert_close(output["losses"]["cvr"], wanted)
+
+
+def test_products_of_probabilities_neither_vanish_nor_burst():
+    edge = torch.tensor([-200.0, -30.0, 0.0, 30.0, 200.0])
+    a, b = torch.meshgrid(edge, edge, indexing="ij")
+    a, b = a.flatten().requires_grad_(), b.flatten().requires_grad_()
+    logit = both(a, b)
+    exact = -np.logaddexp.reduce([-a.detach().double(), -b.detach().double(), -(a + b).detach().double()])
+    torch.testing.assert_close(logit.detach().double(), torch.from_numpy(exact))
+    F.binary_cross_entropy_with_logits(logit, torch.full_like(logit, 0.5)).backward()
+    assert a.grad.isfinite().all() and b.grad.isfinite().all() and logit.isfinite().all()
+
+
+def test_queries_are_left_alone():
+    module, rows = Whole(config(), features=EVERYTHING), make_rows()
+    wanted = module(as_batch(rows, 24))["logits"]
+    other = make_rows(seed=0)
+    random = np.random.default_rng(9)
+    lengths = random.integers(0, 2, 24)
+    other.texts["query_text"] = Ragged.from_lengths(random.integers(0, NUM_TEXTS, lengths.sum()), lengths)
+    other.ids["query_id"] = Ragged.from_lengths(random.integers(0, 15, lengths.sum()), lengths)
+    torch.testing.assert_close(module(as_batch(other, 24))["logits"], wanted)
+
+
+def test_half_precision_scores_in_float32():
+    module = Whole(config(), dtype=torch.float32)
+    batch = as_batch(make_rows(), 24)
+    wanted = module(batch)["logits"]
+    module.model.to(torch.bfloat16)
+    found = module(batch)
+    for task, logits in found["logits"].items():
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, wanted[task], rtol=0.1, atol=0.05)
+    assert all(x.dtype == torch.float32 for x in module(batch, side="item")["vectors"].values())
+    found["loss"].backward()
