@@ -10,6 +10,9 @@ item,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["user", "item"]
 
 
 @dataclass(frozen=True)

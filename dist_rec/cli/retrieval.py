@@ -1,0 +1,58 @@
+"""The verbs of retrieval: export, search, profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, Ranks, is_main, launch_if_asked, overrides, print_json
+
+INDEX = "index."
+
+Place = Annotated[Path, typer.Argument(help="Run folder that was exported, or an export.")]
+
+
+def export(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="Run folder; its best or latest checkpoint is exported.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the export; default RUN/export.")] = None,
+    items: Annotated[
+        str | None, typer.Option(help="Data set of the items, each one's last row; default data.catalogue.")
+    ] = None,
+    users: Annotated[
+        str | None, typer.Option(help="Data set of the users, each one's last row; default data.test; none leaves out.")
+    ] = None,
+    index: Annotated[str, typer.Option(help="flat, ivf, hnsw or pq; its sizes are --index.KEY VALUE.")] = "flat",
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Export a model whose scores an index does not give exactly.")
+    ] = False,
+    pairs: Annotated[int, typer.Option(help="Pairs whose score is compared with the model's own.", min=1)] = 1000,
+    queries: Annotated[int, typer.Option(help="Users that the index is measured with.", min=1)] = 1000,
+    k: Annotated[int, typer.Option(help="Answers at which recall is measured.", min=1)] = 50,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="Folder of the dictionaries, where they do not lie beside the data.")
+    ] = None,
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """Vectors of all items and users, and an index of the items (a torchrun job); --section.key value overrides."""
+    keys = overrides(context.args)
+    of_index = {key.removeprefix(INDEX): keys.pop(key) for key in list(keys) if key.startswith(INDEX)}
+    from ..config import load_config
+
+    loaded = load_config(run / "config.yaml", keys)
+    launch_if_asked(nproc_per_node)
+    from ..retrieval.export import Wishes
+    from ..retrieval.export import export as make
+    from ..retrieval.index import parse_index
+    from ..retrieval.manifest import EXPORT, print_manifest
+    from ..strict import to_dict
+
+    sizes = parse_index(index, of_index)
+    out = out or run / EXPORT
+    found = make(loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary))
+    if is_main():
+        print_manifest(found, out)
+        print_json(as_json, {"export": str(out), **to_dict(found)})
