@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UserError
 from .common import Json, Ranks, is_main, launch_if_asked, overrides, print_json
 
 INDEX = "index."
@@ -56,3 +57,52 @@ def export(
     if is_main():
         print_manifest(found, out)
         print_json(as_json, {"export": str(out), **to_dict(found)})
+
+
+def search(
+    place: Place,
+    user: Annotated[str | None, typer.Option(help="A user, as the raw data names it.")] = None,
+    query: Annotated[str | None, typer.Option(help="Text of a query, for a model that reads queries.")] = None,
+    k: Annotated[int, typer.Option(help="How many items.", min=1)] = 10,
+    task: Annotated[str | None, typer.Option(help="Whose scores; default the first task.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The best items of a user, or of a query's text, by an export's index, with titles and scores."""
+    if (user is None) == (query is None):
+        raise UserError("say whom to search for: --user ID, or --query TEXT.")
+    from ..retrieval.search import print_answers
+    from ..retrieval.search import search as ask
+
+    found = ask(place, user, query, k, task)
+    print_answers(found)
+    print_json(as_json, found)
+
+
+def profile(
+    place: Place,
+    user: Annotated[str | None, typer.Option(help="A user, as the raw data names it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every user's instead, as Parquet below this folder.")] = None,
+    k: Annotated[int, typer.Option(help="How many items (tags) a task.", min=1)] = 10,
+    nproc_per_node: Ranks = 0,
+    as_json: Json = False,
+) -> None:
+    """A user's best items (tags) for every task, with scores; or, as a torchrun job, every user's."""
+    if (user is None) == (out is None):
+        raise UserError("say whom to profile: --user ID, or --out FOLDER for everybody.")
+    if out is None:
+        from ..retrieval.search import print_answers
+        from ..retrieval.search import profile as ask
+
+        found = ask(place, user, k)
+        for task, answers in found["tasks"].items():
+            print(f"{task}:")
+            print_answers(answers)
+        print_json(as_json, found)
+        return
+    launch_if_asked(nproc_per_node)
+    from ..retrieval.search import profile_all
+
+    found = profile_all(place, out, k)
+    if is_main():
+        print(f"{out}: the best {k} items of {found['users']:,} users, in {found['seconds']:.1f} s")
+        print_json(as_json, found)

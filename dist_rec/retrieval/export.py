@@ -190,7 +190,7 @@ def _tasks(
         seconds = time.monotonic() - started
         asked = users or items
         some = np.linspace(0, len(asked) - 1, min(wishes.queries, len(asked))).astype(np.int64)
-        answers = measure(index, wishes.index, asked.vectors_at(some, task), wishes.k, vectors)
+        chosen, answers = measure(index, wishes.index, asked.vectors_at(some, task), wishes.k, vectors)
         path = folder / INDEX / f"{number}.faiss"
         write_index(index, path)
         found[task] = Task(
@@ -200,7 +200,7 @@ def _tasks(
             bias=towers.bias[task],
             width=width,
             scores=scores[task],
-            index=wishes.index.resolved(len(items), width),
+            index=wishes.index.resolved(len(items), width) | chosen,
             file=f"{INDEX}/{path.name}",
             bytes=path.stat().st_size,
             sha256=sha256_of(path),

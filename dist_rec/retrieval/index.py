@@ -167,7 +167,7 @@ def measure(
     k: int,
     vectors: Callable[[], Iterator[np.ndarray]],
     repeats: int = 200,
-) -> dict[str, Any]:
+) -> tuple[dict[str, int], dict[str, Any]]:
     """How good and how fast an index answers, its search first widened as `config` wants it.
 
     recall@k is the share of its k answers whose exact score is at least that of the k-th best vector: of equal ones it
@@ -180,7 +180,7 @@ def measure(
         repeats: queries that are asked one by one.
 
     Returns:
-        `recall_at_<k>` and `queries` of that; what was chosen (`probes`, `search_width`); and of the index alone
+        What was chosen (`probes` or `search_width`); and `recall_at_<k>`, `queries` of that, and of the index alone
         `query_ms`, the median of queries asked one by one, and `queries_per_s` asked together.
     """
     asked, k = k, min(k, index.ntotal)
@@ -198,10 +198,9 @@ def measure(
         index.search(query[None], candidates)
         alone.append(time.perf_counter() - started)
     best, _, scores = exact_top(queries, k, vectors(), answers)
-    return {
+    return chosen, {
         f"recall_at_{asked}": float((-np.sort(-scores, axis=1)[:, :k] >= _least(best)).mean()),
         "queries": len(queries),
-        **chosen,
         "query_ms": round(1e3 * float(np.median(alone)), 4),
         "queries_per_s": round(len(queries) / together, 1),
     }
