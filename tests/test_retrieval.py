@@ -242,3 +242,19 @@ def test_sides_know_only_their_features_and_pairs_both(shop):
         np.testing.assert_array_equal(both.text_keys[both.texts[name].values], of.text_keys[used.values])
     assert (np.diff(both.text_keys) > 0).all() and np.isnan(both.labels["ctr"]).all()
     np.testing.assert_array_equal(both.dense["age"], users.dense["age"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "most"), [("ivf", {"lists": "60"}, "0.999"), ("hnsw", {"links": "4"}, "0.9")]
+)
+def test_search_is_widened_until_it_finds_enough(kind, sizes, most):
+    vectors, queries = clustered(), clustered(200, seed=1)
+    found = {}
+    for recall in ("0.5", most):
+        config = parse_index(kind, sizes | {"recall": recall})
+        chosen, answers = measure(
+            build_index(config, WIDTH, COUNT, pieces(vectors)), config, queries, 50, pieces(vectors), repeats=1
+        )
+        assert answers["recall_at_50"] >= float(recall)
+        found[recall] = next(iter(chosen.values()))
+    assert found["0.5"] < found[most]
