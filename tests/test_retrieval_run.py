@@ -160,7 +160,7 @@ def test_data_that_cannot_be_exported_is_refused(sequences, tmp_path):
     other, out = build_small(tmp_path), tmp_path / "x"
     said = refused("export", sequences, "--items", other, "--out", out, "--nproc-per-node", "2")
     assert "its schema or vocabularies are not those of the run's data" in said and not out.exists()
-    config = load_config(sequences / "config.yaml", {"data.catalogue": "null"})
+    config = load_config(sequences / "config.yaml", {"data.catalogue": "null", "model.loss": "in_batch"})
     with pytest.raises(UserError, match="names no data.catalogue"):
         export(config, sequences, Wishes(out))
     config = load_config(sequences / "config.yaml", {})
@@ -173,7 +173,7 @@ def test_data_that_cannot_be_exported_is_refused(sequences, tmp_path):
 def test_a_catalogue_without_items_is_refused(sequences, tmp_path):
     data = sequences.parent.parent / "shards"
     vocabulary = data / "vocabulary"
-    rows = [row | {"split": "test"} for row in sequence_rows(20) if row["split"] == "test"]
+    rows = [row for row in sequence_rows(20) if row["split"] == "train"]
     items = [
         {"domain": "books", "item_id": None, "title": "nobody knows"},
         {"domain": "films", "item_id": "never seen"},

@@ -96,14 +96,14 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
         prepared = loaded.prepared
         towers = prepared.kind.towers(prepared.schema, config, prepared.features)
         _refuse_inexact(towers, wishes.approximate)
-        if loaded.process.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
         item, items = items_of(items_root, prepared, towers, wishes.vocabulary)
         users = None
         if users_root != NOBODY:
             users = users_of(users_root, prepared, towers, wishes.vocabulary)
+        if loaded.process.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
         job = VectorJob(loaded, towers, item)
         told = {ITEMS: _told(items, items_root, job.write(items, partial / ITEMS))}
         own, pairs = None, None
@@ -117,6 +117,11 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     # From here on rank 0 is alone: the others need not wait for an index, however long it takes.
     if rank:
         return None
+    try:
+        tasks = _tasks(partial, towers, wishes, pairs, own)
+    except UserError:
+        shutil.rmtree(partial)
+        raise
     saved = checkpoint.read_manifest(run / "checkpoints" / checkpoint.name_of(step))
     found = Manifest(
         format=FORMAT,
@@ -130,7 +135,7 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
         items=told[ITEMS],
         users=told.get(USERS),
         index=wishes.index,
-        tasks=_tasks(partial, towers, wishes, pairs, own),
+        tasks=tasks,
     )
     save_config(config, partial / CONFIG_NAME)
     found = replace(found, files=sizes_of(partial))
