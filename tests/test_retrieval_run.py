@@ -160,7 +160,8 @@ def test_data_that_cannot_be_exported_is_refused(sequences, tmp_path):
     other, out = build_small(tmp_path), tmp_path / "x"
     said = refused("export", sequences, "--items", other, "--out", out, "--nproc-per-node", "2")
     assert "its schema or vocabularies are not those of the run's data" in said and not out.exists()
-    config = load_config(sequences / "config.yaml", {"data.catalogue": "null", "model.loss": "in_batch"})
+    keys = {"data.catalogue": "null", "model.loss": "in_batch", "model.item": "text"}
+    config = load_config(sequences / "config.yaml", keys)
     with pytest.raises(UserError, match="names no data.catalogue"):
         export(config, sequences, Wishes(out))
     config = load_config(sequences / "config.yaml", {})
