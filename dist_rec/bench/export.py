@@ -36,6 +36,14 @@ from ..strict import from_dict
 KINDS = ("flat", "ivf", "hnsw", "pq")
 GROUPS, STAYS, EVENTS, WIDTH, STEPS = 200, 0.9, 12, 64, 150
 K = 50
+MODEL = {
+    "kind": "unisrec",
+    "item": "id",
+    "width": WIDTH,
+    "loss": "sampled",
+    "samples": 1024,
+    "contrast": {"weight": 0.0},
+}
 SCHEMA = {
     "name": "invented",
     "domains": {"names": ["shop"]},
@@ -89,7 +97,7 @@ def invented_run(folder: Path, items: int, users: int, seed: int, ranks: int) ->
         "run": {"root": str(folder / "runs"), "name": "invented", "seed": seed},
         "data": {split: f"{data}/{split}" for split in ("train", "test", "catalogue")} | {"batch_size": 1024},
         "tables": {"dim": WIDTH, "optimizer": "adagrad", "learning_rate": 0.1},
-        "model": {"kind": "unisrec", "item": "id", "width": WIDTH, "contrast": {"weight": 0.0}},
+        "model": MODEL,
         "train": {"steps": STEPS, "evaluate_every": 0},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

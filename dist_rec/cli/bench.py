@@ -198,7 +198,7 @@ def bench_plan(
 def bench_export(
     run: Annotated[Path | None, typer.Argument(help="Run folder to export; default one on invented sequences.")] = None,
     index: Annotated[str, typer.Option(help="Whose numbers stand first: flat, ivf, hnsw or pq.")] = "hnsw",
-    items: Annotated[int, typer.Option(help="Invented items.", min=100)] = 50_000,
+    items: Annotated[int, typer.Option(help="Invented items.", min=2000)] = 50_000,
     users: Annotated[int, typer.Option(help="Invented users.", min=100)] = 20_000,
     queries: Annotated[int, typer.Option(help="Users that indexes are asked for.", min=1)] = 1000,
     approximate: Annotated[bool, typer.Option("--approximate", help="As of dist-rec export.")] = False,
