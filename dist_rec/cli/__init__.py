@@ -16,7 +16,7 @@ import typer
 
 from ..errors import Stopped, UserError
 from ..launch import STOPPED, die_with_agent, first_to_say, has_failed_for_good, is_echo
-from . import bench, checkpoint, run, shards
+from . import bench, checkpoint, retrieval, run, shards
 from .common import WITH_OVERRIDES
 from .finetune import finetune
 from .plan import plan
@@ -37,6 +37,9 @@ app.command(context_settings=WITH_OVERRIDES)(run.train)
 app.command(context_settings=WITH_OVERRIDES)(finetune)
 app.command(context_settings=WITH_OVERRIDES)(run.evaluate)
 app.command(context_settings=WITH_OVERRIDES)(run.report)
+app.command(context_settings=WITH_OVERRIDES)(retrieval.export)
+app.command()(retrieval.search)
+app.command()(retrieval.profile)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench.app, name="bench")
 app.command()(run.doctor)

@@ -195,3 +195,25 @@ def bench_plan(
     result = bench_plan([parse_case(c) for c in case or CASES], machine, seed, stock_seconds)
     print_summary(result)
     print_json(as_json, result)
+
+
+@app.command("export")
+def bench_export(
+    run: Annotated[Path | None, typer.Argument(help="Run folder to export; default one on invented sequences.")] = None,
+    index: Annotated[str, typer.Option(help="Whose numbers stand first: flat, ivf, hnsw or pq.")] = "hnsw",
+    items: Annotated[int, typer.Option(help="Invented items.", min=2000)] = 50_000,
+    users: Annotated[int, typer.Option(help="Invented users.", min=100)] = 20_000,
+    queries: Annotated[int, typer.Option(help="Users that indexes are asked for.", min=1)] = 1000,
+    approximate: Annotated[bool, typer.Option("--approximate", help="As of dist-rec export.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the invented sequences.")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
+    nproc_per_node: Annotated[int, typer.Option(help="Ranks of the jobs.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Vectors a second of an export, and for every kind of index seconds to build, queries a second and recall."""
+    from ..bench.export import bench_export, print_summary
+
+    options = ["--approximate"] if approximate else []
+    summary = bench_export(run, options, index, items, users, queries, seed, nproc_per_node, folder)
+    print_summary(summary)
+    print_json(as_json, summary)

@@ -235,7 +235,7 @@ def number_texts(source: Source, with_empty: bool) -> int:
     return source.con.execute(f"SELECT count(*) FROM {TEXTS}").fetchone()[0]
 
 
-def _hash(value: str) -> str:
+def hashed(value: str) -> str:
     return f"CAST(md5_number_lower({value}) >> 1 AS BIGINT)"
 
 
@@ -305,7 +305,7 @@ def encode(source: Source, split: Split | None, seed: int) -> None:
     for key in ("user", "query", "time"):
         if getattr(schema.keys, key):
             raw = f"s.{columns[f'keys.{key}']}"
-            selected.append(f"{raw if key == 'time' else _hash(raw)} AS {quote(f'key:{key}')}")
+            selected.append(f"{raw if key == 'time' else hashed(raw)} AS {quote(f'key:{key}')}")
     con.execute(f"CREATE TABLE encoded AS SELECT {', '.join(selected)} FROM source s{joins}")
 
 

@@ -34,6 +34,7 @@ from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.sequence import HistoryEncoder
 from ..layers.text_match import TextMatch, cosines, mean_directions
 from ..schema import Feature, Schema
+from .towers import Side, TwoTowers
 
 # By role: its id, its text, and the columns of the sparse aspect.
 Aspects = dict[str, tuple[str | None, str | None, Columns]]
@@ -41,6 +42,8 @@ Aspects = dict[str, tuple[str | None, str | None, Columns]]
 Histories = list[tuple[list[str], str | None]]
 
 REGULARISER, EMBEDDING_L2, TOTAL = "regulariser", "embedding_l2", "loss"
+# What its two-tower reading tells apart; no head.
+TEXT = "text"
 
 
 class FoundationModel(nn.Module):
@@ -134,20 +137,26 @@ class FoundationModel(nn.Module):
             match = config.text_match
             self.text_match = TextMatch(num_domains, len(self.matched), len(self.tasks), match.slope, match.speed)
 
-    def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
-        """One step's predictions and losses.
+    def forward(
+        self, embeddings: dict[str, Tensor], batch: Batch, side: Side | None = None
+    ) -> dict[str, Tensor | dict[str, Tensor]]:
+        """One step's predictions and losses; or, asked for a side of the two-tower reading, its vectors.
 
         Args:
             embeddings: by feature: pooled `[B, dim]`, zeros where null, of the user's, query's and
                 item's `id` and `ids` features; `[N, dim]`, all events in row order, of histories.
             batch: B rows, masked ones included.
+            side: `user`, the direction of the query's text vector, or `item`, that of the item's.
 
         Returns:
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
             `losses`: detached scalars of the global batch, equal on all ranks: one for each task,
             `regulariser` and `embedding_l2` if there are, and `loss`, their weighted sum.
             `logits`: `[B]` by task, at least float32; anything on masked rows.
+            `vectors`: of a side, and nothing else: `[B, D]` of length 1, or 0 where a row has no such text.
         """
+        if side is not None:
+            return {"vectors": {TEXT: self._side(batch, side)}}
         x, matches, domains = self._encode(embeddings, batch)
         order, sizes = sort_by_domain(batch.domain, self.num_domains)
         # A match dropped would read as a cosine of 0.
@@ -186,6 +195,11 @@ class FoundationModel(nn.Module):
         if self.config.products:
             parts += [user * item, query * item]
         return torch.cat(parts, 1), self._text_matches(vectors, batch, like=user), domains
+
+    def _side(self, batch: Batch, side: Side) -> Tensor:
+        name = self.aspects["query" if side == "user" else "item"][1]
+        directions = F.normalize(full_precision(self._text_vectors(batch, self.text_projection.weight.dtype)), dim=1)
+        return row_texts(directions, batch.text_index[name], batch.text_lengths[name])
 
     def _text_matches(self, vectors: Tensor, batch: Batch, like: Tensor) -> Tensor:
         """m and which of it is known, `[B, 2J]`, from the vectors of the T distinct texts, `[T, D]`."""
@@ -299,6 +313,32 @@ def tasks_of(schema: Schema, config: ModelConfig) -> dict[str, TaskConfig]:
     if faults:
         raise UserError("\n".join(faults))
     return tasks
+
+
+def towers_of(schema: Schema, features: Sequence[str]) -> TwoTowers:
+    """The texts of query and item: what can be found by an index for the model to rank.
+
+    Raises:
+        UserError: query or item have no text.
+    """
+    found = {
+        role: next((n for n in schema.select(role, ("text",)) if n in features), None) for role in ("query", "item")
+    }
+    if lacking := [role for role, name in found.items() if name is None]:
+        raise UserError(
+            f"this foundation model reads no text of the {' and of the '.join(lacking)}, so it has no two towers: its "
+            "experts look at user, query and item together. An index can serve the text vectors of queries and items."
+        )
+    why = "the experts look at user, query and item together; an index finds items by the cosine of text vectors alone"
+    return TwoTowers(
+        tasks=(TEXT,),
+        user_features=(found["query"],),
+        item_features=(found["item"],),
+        exact={TEXT: False},
+        why={TEXT: why},
+        scale={TEXT: 1.0},
+        bias={TEXT: 0.0},
+    )
 
 
 def _matches(aspects: Aspects, histories: Histories, config: ModelConfig) -> list[str]:

@@ -59,8 +59,11 @@ from ..layers.moves import place, take
 from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.whitening import WhiteningMixture
 from ..schema import Kind, Role, Schema
+from .towers import Side, TwoTowers
 
 SEQUENCE_ITEM, SEQUENCE_SEQUENCE, TOTAL, RANK = "sequence_item", "sequence_sequence", "loss", "rank"
+# The only task.
+NEXT = "next"
 
 
 class _Events(NamedTuple):
@@ -173,13 +176,16 @@ class UniSRec(nn.Module):
             self.kept = None
         return super().train(mode)
 
-    def forward(self, embeddings: dict[str, Tensor], batch: Batch) -> dict[str, Tensor | dict[str, Tensor]]:
-        """One step's losses, and in evaluation ranks.
+    def forward(
+        self, embeddings: dict[str, Tensor], batch: Batch, side: Side | None = None
+    ) -> dict[str, Tensor | dict[str, Tensor]]:
+        """One step's losses, and in evaluation ranks; or, asked for a side of the two-tower reading, its vectors.
 
         Args:
             embeddings: where items have ids: `[N, H]`, all events in row order, of the history; `[B, H]` of the item,
                 zeros where null; `[M, H]` of the candidates, if the batch has any.
             batch: B rows, masked ones included.
+            side: `user`, s after the whole history, or `item`, v_i; of length 1, or 0 where nothing is known.
 
         Returns:
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
@@ -187,7 +193,11 @@ class UniSRec(nn.Module):
             unless its weight is 0, and `loss`, their weighted sum.
             `rank`: in evaluation, where any rank has candidates, listed or kept: float64 `[B]`, the rank of the row's
             item among those of all ranks, NaN on masked rows and on rows without an item.
+            `logits`: in evaluation: `[B]` by task, cos(s, v_i) / tau of the row's item, 0 where a row has none.
+            `vectors`: of a side, and nothing else: `[B, H]` by task.
         """
+        if side is not None:
+            return {"vectors": {NEXT: self._side(embeddings, batch, side)}}
         events = self._events(batch)
         # An event's number is its place among all S; inputs are all but a row's newest.
         inputs = (events.age > 0).nonzero()[:, 0]
@@ -233,10 +243,27 @@ class UniSRec(nn.Module):
             state, identity, batch.row[rows], terms, self.config.temperature, self.reduction, self.config.official
         )
         output = self._total(torch.stack(losses, 1), torch.stack(valid, 1))
-        if not self.training and candidates is not None:
+        if not self.training:
             states, targets = (place(x, rows, len(batch)) for x in (state, positives))
-            output[RANK] = self._ranks(states, targets, candidates, batch, events)
+            output["logits"] = {NEXT: (states * targets).sum(1) / self.config.temperature}
+            if candidates is not None:
+                output[RANK] = self._ranks(states, targets, candidates, batch, events)
         return output
+
+    def _side(self, embeddings: dict[str, Tensor], batch: Batch, side: Side) -> Tensor:
+        """s after the whole history, or v_i of the row's item: `[B, H]`."""
+        # With an item of its own, a row's newest event would be no input.
+        events = self._events(batch, with_item=side == "item")
+        every = torch.arange(len(events.row), device=events.row.device)
+        texts = self._texts(batch, events, every, None) if self.config.with_text else None
+        embedded = self._embedded(embeddings, batch, events) if self.config.with_ids else None
+        vectors = _items(texts and (texts.vectors, texts.events), embedded)
+        newest = (events.age == 0) & (events.has_item[events.row] | (side == "user"))
+        if side == "user":
+            index = events.length[events.row] - 1 - events.age
+            vectors = self.encoder(vectors, Sequences(events.length, events.row, index))
+        chosen = newest.nonzero()[:, 0]
+        return place(_units(take(vectors, chosen)), events.row[chosen], len(batch))
 
     def _copy(self, batch: Batch, sequences: Sequences) -> Copy:
         draws = self._draws(batch, sequences)
@@ -245,10 +272,11 @@ class UniSRec(nn.Module):
     def _draws(self, batch: Batch, sequences: Sequences) -> Draws:
         return draw(sequences)
 
-    def _events(self, batch: Batch) -> _Events:
-        has_item = batch.identity_lengths[self.item] > 0
+    def _events(self, batch: Batch, with_item: bool = True) -> _Events:
+        """Without items events are those of histories, all of them inputs."""
+        has_item = (batch.identity_lengths[self.item] > 0) & with_item
         length = (batch.identity_lengths[self.history] + has_item) * batch.valid
-        length = length.clamp_max(self.config.encoder.max_length + 1)
+        length = length.clamp_max(self.config.encoder.max_length + with_item)
         total = int(length.sum())
         row = torch.repeat_interleave(torch.arange(len(length), device=length.device), length, output_size=total)
         age = length.cumsum(0)[row] - 1 - torch.arange(total, device=length.device)
@@ -371,3 +399,21 @@ def _only(schema: Schema, role: Role, kind: Kind, features: Sequence[str]) -> st
         has = f"{len(chosen)} ({', '.join(chosen)})" if chosen else "none"
         raise UserError(f"model.kind unisrec reads {what}, and schema {schema.name!r} has {has}: see shards/README.md.")
     return chosen[0]
+
+
+def towers_of(schema: Schema, config: UniSRecConfig, features: Sequence[str]) -> TwoTowers:
+    """A user is a history, an item its id and text; the score is a cosine over tau."""
+    history, item = _only(schema, "history", "ids", features), _only(schema, "item", "id", features)
+    users, items = [history], [item]
+    if config.with_text:
+        users.append(_only(schema, "history", "texts", features))
+        items.append(_only(schema, "item", "text", features))
+    return TwoTowers(
+        tasks=(NEXT,),
+        user_features=tuple(users),
+        item_features=tuple(items),
+        exact={NEXT: True},
+        why={},
+        scale={NEXT: 1 / config.temperature},
+        bias={NEXT: 0.0},
+    )

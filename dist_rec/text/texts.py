@@ -229,14 +229,14 @@ def new_texts(
                 column = batch.column("tokens").take(pa.array(rows))
                 tokens = Ragged.from_lengths(column.flatten().to_numpy(), column.value_lengths().to_numpy())
             else:
-                tokenizer = tokenizer or _load_tokenizer(model_folder, max_tokens)
+                tokenizer = tokenizer or load_tokenizer(model_folder, max_tokens)
                 chosen = [texts[row] for row in rows]
                 if recipe.word_drop:
                     chosen = [
                         drop_words(text, key, recipe.word_drop, recipe.drop_seed)
                         for text, key in zip(chosen, keys[rows].tolist(), strict=True)
                     ]
-                tokens = _tokenize(tokenizer, chosen)
+                tokens = tokenize(tokenizer, chosen)
             if len(rows) and tokens.lengths.max() > max_tokens:
                 raise UserError(f"{file.path}: a text has more than the {max_tokens} tokens its index promises.")
             yield Texts(keys[rows], checks[rows], tokens)
@@ -254,7 +254,7 @@ def _second_hash(text: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _load_tokenizer(folder: Path, max_tokens: int) -> Any:
+def load_tokenizer(folder: Path, max_tokens: int) -> Any:
     from tokenizers import Tokenizer
 
     try:
@@ -267,7 +267,7 @@ def _load_tokenizer(folder: Path, max_tokens: int) -> Any:
     return tokenizer
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> Ragged:
+def tokenize(tokenizer: Any, texts: list[str]) -> Ragged:
     encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
     lengths = np.array([len(ids) for ids in encoded], np.int64)
     return Ragged.from_lengths(np.array([i for ids in encoded for i in ids], np.int32), lengths)

@@ -103,6 +103,14 @@ class Kind(ABC):
         """
 
     @abstractmethod
+    def towers(self, schema: Schema, config: Config, features: Sequence[str]) -> TwoTowers:
+        """What an index of inner products can serve of the model, of a schema and features as the data has them.
+
+        Raises:
+            UserError: nothing, and why.
+        """
+
+    @abstractmethod
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
 
@@ -174,6 +182,11 @@ class _Foundation(Kind):
         from ..models.foundation import FoundationModel
 
         return FoundationModel(schema, config.model, table_dims, text_width, text_encoder, features, reduction)
+
+    def towers(self, schema: Schema, config: Config, features: Sequence[str]) -> TwoTowers:
+        from ..models.foundation import towers_of
+
+        return towers_of(schema, features)
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
@@ -292,6 +305,11 @@ class _UniSRec(Kind):
             reduction,
             mask_history=config.evaluate.mask_history,
         )
+
+    def towers(self, schema: Schema, config: Config, features: Sequence[str]) -> TwoTowers:
+        from ..models.unisrec import towers_of
+
+        return towers_of(schema, config.model, features)
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})

@@ -1,0 +1,1 @@
+"""From a trained model with two towers to an index that answers."""

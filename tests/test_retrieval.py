@@ -1,0 +1,260 @@
+"""Vectors on disk, indexes of every kind and exact search; whose rows stand for items and users."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import build_small
+
+from dist_rec.data.index import read_index
+from dist_rec.data.reader import ShardReader
+from dist_rec.errors import UserError
+from dist_rec.models.towers import TwoTowers
+from dist_rec.retrieval.entities import item_feature, item_keys, last_rows, user_key
+from dist_rec.retrieval.export import Wishes, _tasks
+from dist_rec.retrieval.index import build_index, exact_top, measure, parse_index
+from dist_rec.retrieval.manifest import INDEX, ITEMS, USERS
+from dist_rec.retrieval.names import RawIds, key_of, user_feature
+from dist_rec.retrieval.parts import Parts, PartWriter, as_lists, vector_column
+from dist_rec.retrieval.rows import RowSource, of_run, only, pairs
+from dist_rec.training.exchange import Exchange
+
+COUNT, WIDTH = 3000, 24
+
+
+def clustered(count: int = COUNT, seed: int = 0) -> np.ndarray:
+    """Vectors around fifty centres, of different lengths."""
+    draw = np.random.default_rng(seed)
+    centres = np.random.default_rng(7).standard_normal((50, WIDTH))
+    found = centres[draw.integers(0, 50, count)] + 0.4 * draw.standard_normal((count, WIDTH))
+    return found.astype(np.float32)
+
+
+def pieces(vectors: np.ndarray, size: int = 700):
+    return lambda: (vectors[at : at + size] for at in range(0, len(vectors), size))
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "pq"])
+def test_every_kind_of_index_finds_what_exact_search_finds(kind):
+    vectors, queries = clustered(), clustered(200, seed=1)
+    config = parse_index(kind, {})
+    index = build_index(config, WIDTH, COUNT, pieces(vectors))
+    chosen, found = measure(index, config, queries, 50, pieces(vectors), repeats=5)
+    assert index.ntotal == COUNT and found["recall_at_50"] >= (1.0 if kind == "flat" else 0.95), found
+    assert set(chosen) == {"ivf": {"probes"}, "hnsw": {"search_width"}}.get(kind, set())
+    assert found["query_ms"] > 0 and found["queries_per_s"] > 0 and found["queries"] == 200
+
+
+def test_recall_is_what_a_careless_index_misses():
+    vectors, queries = clustered(), clustered(200, seed=1)
+    config = parse_index("ivf", {"lists": "60", "probes": "1"})
+    chosen, found = measure(
+        build_index(config, WIDTH, COUNT, pieces(vectors)), config, queries, 50, pieces(vectors), repeats=1
+    )
+    assert chosen == {"probes": 1}
+    right = np.sort(queries @ vectors.T, axis=1)[:, -50]
+    index = build_index(config, WIDTH, COUNT, pieces(vectors))
+    answered = index.search(queries, 50)[0]
+    assert found["recall_at_50"] == pytest.approx((answered >= right[:, None] - 1e-4).mean(), abs=1e-3)
+    assert found["recall_at_50"] < 0.9
+
+
+def test_exact_search_is_brute_force_in_pieces():
+    vectors, queries = clustered(500), clustered(9, seed=1)
+    scores = queries @ vectors.T
+    wanted = np.argsort(-scores, axis=1, kind="stable")[:, :20]
+    answers = np.array([[0, 499, -1]] * 9)
+    best, where, of_answers = exact_top(queries, 20, pieces(vectors, 7)(), answers)
+    np.testing.assert_array_equal(where, wanted)
+    np.testing.assert_allclose(best, np.take_along_axis(scores, wanted, 1), rtol=1e-5)
+    np.testing.assert_allclose(of_answers[:, :2], scores[:, [0, 499]], rtol=1e-4, atol=1e-5)
+    assert np.isneginf(of_answers[:, 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "fault"),
+    [
+        ("flatt", {}, "kind: Input should be 'flat', 'ivf', 'hnsw' or 'pq'"),
+        ("ivf", {"lits": "4"}, "lits: unknown key. Did you mean 'lists'"),
+        ("ivf", {"lists": "4000"}, "--index.lists is 4000, and there are 3000 vectors"),
+        ("pq", {"codes": "7"}, "--index.codes is 7, which does not divide the vectors' width 24"),
+        ("pq", {"bits": "12"}, "its 4096 codes are learned from more than 3000 vectors"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused(kind, keys, fault):
+    with pytest.raises(UserError, match=fault):
+        build_index(parse_index(kind, keys), WIDTH, COUNT, pieces(clustered()))
+
+
+def write_parts(folder, vectors: dict[str, np.ndarray], ranks: int, key: bool) -> Parts:
+    """Items or users of several ranks, in order."""
+    count = len(next(iter(vectors.values())))
+    for rank in range(ranks):
+        mine = np.arange(count * rank // ranks, count * (rank + 1) // ranks)
+        writer = PartWriter(folder, rank)
+        for some in np.array_split(mine, 3):
+            columns = {"id": pa.array([f"n{i}" for i in some]), "domain": pa.array(["d"] * len(some))}
+            columns |= {"key": pa.array(some)} if key else {"title": pa.array([f"title {i}" for i in some])}
+            columns |= {vector_column(t): as_lists(v[some]) for t, v in vectors.items()}
+            writer.write(pa.RecordBatch.from_pydict(columns))
+        writer.close()
+    return Parts(folder)
+
+
+def test_positions_go_through_all_parts(tmp_path):
+    vectors = clustered(1000)
+    parts = write_parts(tmp_path / "items", {"a": vectors, "b": vectors[:, :3]}, ranks=3, key=False)
+    assert len(parts) == 1000 and (parts.width("a"), parts.width("b")) == (WIDTH, 3)
+    np.testing.assert_array_equal(np.concatenate(list(parts.vectors("a"))), vectors)
+    at = np.array([999, 0, 500, 500, 332, 333, 334])
+    np.testing.assert_array_equal(parts.vectors_at(at, "b"), vectors[at, :3])
+    assert parts.take(at, ["id"])["id"].to_pylist() == [f"n{i}" for i in at]
+    assert len(parts.take(np.zeros(0, np.int64), ["id"])) == 0
+    with pytest.raises(UserError, match="has no parts of vectors"):
+        Parts(tmp_path)
+
+
+def towers(exact: bool) -> TwoTowers:
+    return TwoTowers(
+        ("click", "buy"),
+        ("user",),
+        ("item",),
+        {"click": True, "buy": exact},
+        {} if exact else {"buy": "its score is a cosine of whole vectors"},
+        {"click": 2.0, "buy": 1.0},
+        {"click": -1.0, "buy": 0.5},
+    )
+
+
+@pytest.fixture
+def two_tasks(tmp_path):
+    """Vectors of two tasks of different widths, random pairs, and the scores that they make."""
+    users, items = clustered(300, seed=2), clustered(400, seed=3)
+    user = {"click": users, "buy": users[:, :5]}
+    item = {"click": items, "buy": items[:, :5]}
+    write_parts(tmp_path / USERS, user, 2, key=True)
+    write_parts(tmp_path / ITEMS, item, 2, key=False)
+    some = np.random.default_rng(0).integers(0, 300, (2, 200))
+    products = {t: (user[t][some[0]].astype(np.float64) * item[t][some[1]]).sum(1) for t in user}
+    own = {"click": 2 * products["click"] - 1, "buy": products["buy"] + 0.5}
+    return tmp_path, some, own
+
+
+def test_every_task_has_its_index_and_its_measured_error(two_tasks):
+    folder, some, own = two_tasks
+    found = _tasks(folder, towers(exact=True), Wishes(folder), some, own)
+    assert [(t.exact, t.width) for t in found.values()] == [(True, WIDTH), (True, 5)]
+    assert all(t.scores["max_relative_error"] < 1e-6 and t.answers["recall_at_50"] == 1 for t in found.values())
+    assert all((folder / t.file).stat().st_size == t.bytes for t in found.values())
+    assert len(list((folder / INDEX).iterdir())) == 2
+
+
+def test_scores_that_are_not_the_models_are_refused_or_labelled(two_tasks, capsys):
+    folder, some, own = two_tasks
+    own["buy"] = own["buy"] * 1.001
+    with pytest.raises(UserError, match="differ from the model's own, by more than 1e-05:\n  - buy: by up to"):
+        _tasks(folder, towers(exact=True), Wishes(folder), some, own)
+    (folder / INDEX).rmdir()
+    found = _tasks(folder, towers(exact=True), Wishes(folder, approximate=True), some, own)
+    assert found["click"].exact and not found["buy"].exact and "measured" in found["buy"].why
+    assert "buy: by up to" in capsys.readouterr().err
+    assert found["buy"].scores["max_score_error"] == pytest.approx(np.abs(own["buy"] * (1 - 1 / 1.001)).max())
+
+
+def test_an_approximate_task_is_measured_too(two_tasks):
+    folder, some, own = two_tasks
+    own["buy"] = np.tanh(own["buy"] / 9)
+    found = _tasks(folder, towers(exact=False), Wishes(folder, approximate=True), some, own)["buy"]
+    assert not found.exact and found.why == "its score is a cosine of whole vectors"
+    assert found.scores["max_score_error"] > 0.1 and found.scores["rank_correlation"]["buy"] == 1
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    root = build_small(tmp_path_factory.mktemp("shop"), block_rows=16)
+    return root, read_index(root)
+
+
+def test_an_item_is_its_last_row_and_has_its_raw_name(shop):
+    root, index = shop
+    schema = index.schema
+    reader = ShardReader(root, index, ["item_id", "title"])
+    found = last_rows(reader, item_keys(schema, "item_id"), Exchange())
+    everything = [reader.rows(n) for n in range(len(reader.places))]
+    keys = np.concatenate([rows.ids["item_id"].first(-1) for rows in everything])
+    last = {int(key): row for row, key in enumerate(keys) if key > 0}
+    assert found.row.tolist() == sorted(last.values()) and found.rows == 314 == len(keys)
+    assert found.nameless == (keys <= 0).sum() > 0
+    source = RowSource(reader, "title")
+    order = np.random.default_rng(0).permutation(found.row)
+    rows, titles = source.take(order)
+    names = RawIds(root, schema, "item_id")(rows.ids["item_id"].first(-1)).to_pylist()
+    assert rows.row.tolist() == order.tolist() and len(set(names)) == len(order)
+    # The invented title of item i12 is "thing number 12", or missing.
+    assert {t.replace("thing number ", "i") == n for t, n in zip(titles, names, strict=True) if t} == {True}
+    assert any(t is None for t in titles)
+
+
+def test_later_rows_stand_for_earlier_ones():
+    class Reader:
+        places, index = [0, 1], type("Index", (), {"rows": 6})
+
+        def rows(self, number):
+            from dist_rec.data.rows import Rows
+
+            keys = {"user": np.array([[5, 6, -1], [6, 5, 7]][number]), "time": np.array([[9, 1, 1], [1, 3, 2]][number])}
+            return Rows(domain=np.zeros(3, np.int64), row=np.arange(3) + 3 * number, keys=keys)
+
+    found = last_rows(Reader(), lambda rows: rows.keys["user"], Exchange())
+    # User 5's row 0 is later in time than row 4; user 6's rows are of one time.
+    assert found.row.tolist() == [0, 3, 5] and found.nameless == 1
+
+
+def test_users_are_found_by_their_raw_keys(shop):
+    root, index = shop
+    schema = index.schema
+    queries = TwoTowers(("text",), ("query",), ("title",), {}, {}, {}, {})
+    people = TwoTowers(("a",), ("user_id", "history"), ("item_id",), {}, {}, {}, {})
+    assert (user_key(schema, queries), user_key(schema, people)) == ("query", "user")
+    assert item_feature(schema, list(schema.features), people) == "item_id" and user_feature(schema) == "user_id"
+    reader = ShardReader(root, index, ["user_id"])
+    rows = reader.rows(0)
+    names = RawIds(root, schema, "user_id")(rows.ids["user_id"].first(-1)).to_pylist()
+    assert {key_of(n) == k for n, k in zip(names, rows.keys["user"].tolist(), strict=True) if n} == {True}
+
+
+def test_sides_know_only_their_features_and_pairs_both(shop):
+    root, index = shop
+    names = ["user_id", "age", "history", "item_id", "tags", "title", "query"]
+    rows = RowSource(ShardReader(root, index, names)).take(np.arange(40))[0]
+    users, items = (
+        RowSource(ShardReader(root, index, names)).take(at)[0] for at in (np.arange(40), np.arange(40) + 99)
+    )
+    side = only(of_run(rows, names[:-1]), ["history", "title"])
+    assert "query" not in side.texts and side.ids["item_id"].lengths.sum() == 0 and np.isnan(side.dense["age"]).all()
+    np.testing.assert_array_equal(side.ids["history"].values, rows.ids["history"].values)
+    both = pairs(users, items, {"item_id", "tags", "title"})
+    for name, of in (("user_id", users), ("history", users), ("item_id", items), ("tags", items)):
+        np.testing.assert_array_equal(both.ids[name].values, of.ids[name].values)
+    for name, of in (("title", items), ("query", users)):
+        used = of.texts[name]
+        np.testing.assert_array_equal(both.text_keys[both.texts[name].values], of.text_keys[used.values])
+    assert (np.diff(both.text_keys) > 0).all() and np.isnan(both.labels["ctr"]).all()
+    np.testing.assert_array_equal(both.dense["age"], users.dense["age"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "most"), [("ivf", {"lists": "60"}, "0.999"), ("hnsw", {"links": "4"}, "0.9")]
+)
+def test_search_is_widened_until_it_finds_enough(kind, sizes, most):
+    vectors, queries = clustered(), clustered(200, seed=1)
+    found = {}
+    for recall in ("0.5", most):
+        config = parse_index(kind, sizes | {"recall": recall})
+        chosen, answers = measure(
+            build_index(config, WIDTH, COUNT, pieces(vectors)), config, queries, 50, pieces(vectors), repeats=1
+        )
+        assert answers["recall_at_50"] >= float(recall)
+        found[recall] = next(iter(chosen.values()))
+    assert found["0.5"] < found[most]
