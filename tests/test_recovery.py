@@ -269,6 +269,32 @@ def test_ranks_that_are_told_to_end_save_first(small, tmp_path, told):
     assert checkpoint.find(run).name == f"step-{max(losses(run)):08d}"
 
 
+TOLD_LATE = """
+import os, signal, sys
+from dist_rec.cli import main
+from dist_rec.training.trainer import Trainer
+
+save = Trainer.save
+
+def told_while_saving(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(self)
+
+Trainer.save = told_while_saving
+sys.argv[0] = "dist-rec"
+sys.exit(main())
+"""
+
+
+def test_told_after_the_last_step_a_run_ends_and_its_evaluation_waits(small, tmp_path):
+    config, run = write_config(tmp_path, small), tmp_path / "runs" / "run"
+    told = run_command([sys.executable, "-c", TOLD_LATE, "train", str(config), "--train.steps", "3"], SECONDS)
+    assert told.returncode == 143 and "after step 3 of 3, which is saved" in told.stderr, told.stdout + told.stderr
+    assert not (run / "evaluation.json").exists()
+    train(config, "--train.steps", 3)
+    assert (run / "evaluation.json").exists() and sorted(losses(run)) == [1, 2, 3]
+
+
 def test_a_fault_of_the_user_s_is_said_once_however_many_restarts_are_left(small, tmp_path):
     config = write_config(tmp_path, small, dense={"learning_rate": 1e38, "optimizer": "sgd"})
     began = time.monotonic()

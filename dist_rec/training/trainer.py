@@ -172,6 +172,11 @@ class Trainer:
             if save:
                 self.save()
             self.writer.wait()
+            # What a rank was told since the last step began.
+            agreement.begin(0)
+            agreement.end(self.step)
+            if agreement.stop:
+                raise self._stopped()
         finally:
             agreement.close()
             record.close()
@@ -212,15 +217,19 @@ class Trainer:
             if agreement.stop:
                 self.save()
                 self.writer.wait()
-                raise Stopped(
-                    f"stopped by SIGTERM after step {self.step} of {one.total}, which is saved; the same command goes "
-                    "on from there."
-                )
+                raise self._stopped()
             is_best = self._evaluate_what_is_due(tracker, watch)
             if agreement.save or is_best:
                 self.save()
         if self.stopping.done and self.step < one.total:
             tracker.say(f"stopped early after step {self.step} of {one.total}: {self.stopping.said()}")
+
+    def _stopped(self) -> Stopped:
+        total = self.passes.at(max(self.step - 1, 0)).total
+        return Stopped(
+            f"stopped by SIGTERM after step {self.step} of {total}, which is saved; the same command goes on from "
+            "there."
+        )
 
     def _count_ids(self) -> dict[str, IdCounts]:
         return id_counts(self.hybrid.sharded, self.process.device)
