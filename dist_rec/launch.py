@@ -147,9 +147,19 @@ def first_to_say(message: str, is_final: bool = False) -> bool:
     try:
         if is_final:
             store.set(_final_key(), said)
-        return store.add(f"dist_rec/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{said}", 1) == 1
+        store.set(_said_key(), said)
+        return store.add(f"{_said_key()}/{said}", 1) == 1
     except RuntimeError:
         return True
+
+
+def anyone_said() -> bool:
+    """Whether a rank of this start has said why it ends, as far as can be known."""
+    store = _agent_store()
+    try:
+        return store is not None and store.check([_said_key()])
+    except RuntimeError:
+        return False
 
 
 def has_failed_for_good() -> bool:
@@ -166,6 +176,10 @@ def has_failed_for_good() -> bool:
 def _final_key() -> str:
     """Jobs that follow each other at one rendezvous differ in their id."""
     return f"dist_rec/failed-for-good/{os.environ['TORCHELASTIC_RUN_ID']}"
+
+
+def _said_key() -> str:
+    return f"dist_rec/said/{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def is_restart() -> bool:

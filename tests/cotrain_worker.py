@@ -13,6 +13,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from hybrids import end
 from torch import Tensor, nn
 from whole import full_parameters
 
@@ -136,7 +137,7 @@ def main() -> None:
                 check_parity(f"{mode} ZeRO-{stage}", text, stage, process)
                 if stage:  # which bf16 needs
                     check_bf16(f"{mode} ZeRO-{stage}", text, stage, process)
-    sys.exit(1 if FAULTS else 0)
+    end(bool(FAULTS))
 
 
 if __name__ == "__main__":

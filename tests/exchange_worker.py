@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import sys
 
+from hybrids import end
+
 from dist_rec.bench.exchange import compare
 from dist_rec.config import Config
 from dist_rec.strict import from_dict
@@ -37,6 +39,7 @@ def main():
             cases = compare(prepare(from_dict(Config, base, "exchange")), process, STEPS, WAYS)
             if process.is_main:
                 print(json.dumps({"layout": layout, "cases": cases}), flush=True)
+    end()
 
 
 if __name__ == "__main__":

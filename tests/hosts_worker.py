@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+from hybrids import end
 from machines import cpus
 
 from dist_rec.config import Config
@@ -60,6 +61,7 @@ def main() -> None:
         }
         # In one piece: ranks of a host write to the same pipe.
         print(f"RANK {json.dumps(said)}\n", end="", flush=True)
+    end()
 
 
 main()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -22,6 +24,13 @@ def make_hybrid(prepared, process, planned=None):
     tables, sharded, plan = build_tables(prepared, process, planned)
     engine = build_engine(prepared, process, stream.batch_rows)
     return stream, Hybrid(tables, sharded, engine, process.device, lambda step: 1.0), describe_plan(plan)
+
+
+def end(failed: bool = False) -> NoReturn:
+    """End a rank as `dist_rec.cli.main` does: Python's own clean-up can crash over the engines' threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failed else 0)
 
 
 def do_jobs(jobs: list[str], first: Config, do: Callable[[str, Process], list[str]]) -> None:
@@ -44,4 +53,4 @@ def do_jobs(jobs: list[str], first: Config, do: Callable[[str, Process], list[st
             if process.is_main:
                 said = "FAIL" if found else "ok"
                 print(said, job, f"{process.world_size} ranks", *found[:MOST_SHOWN], flush=True)
-    sys.exit(1 if failed else 0)
+    end(failed)

@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import yaml
-from hybrids import make_hybrid
+from hybrids import end, make_hybrid
 from sequence_batches import draws_of_rows
 from whole import full_parameters
 
@@ -177,7 +177,7 @@ def main():
     with process_group(from_dict(Config, bases[0], "parity"), device) as process, as_rows_say:
         for base in bases:
             check(base, layouts.split(","), [int(stage) for stage in stages.split(",")], process)
-    sys.exit(1 if FAULTS else 0)
+    end(bool(FAULTS))
 
 
 def base_of(data):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 
 import torch.distributed as dist
-from hybrids import make_hybrid
+from hybrids import end, make_hybrid
 from parity_worker import Reference, copy, whole
 
 from dist_rec.config import Config
@@ -116,7 +116,7 @@ def main():
                 if process.is_main:
                     words = "; ".join(f"{name} {kind} {precision}" for name, (kind, precision) in layout.items())
                     print("FAIL" if found else "ok", optimizer, words, *found, flush=True)
-    sys.exit(1 if failed else 0)
+    end(failed)
 
 
 if __name__ == "__main__":

@@ -193,5 +193,8 @@ def test_a_rank_that_loses_another_host_says_so_without_a_traceback(monkeypatch,
     )
     assert cli._end_of(gone) == 1
     assert capsys.readouterr().err.startswith("dist-rec: rank 3: lost another rank: [/pytorch")
+    # The cause was told: nothing more to say.
+    monkeypatch.setattr(cli, "anyone_said", lambda: True)
+    assert cli._end_of(gone) == 1 and capsys.readouterr().err == ""
     assert cli._end_of(RuntimeError("ours")) == 1
     assert capsys.readouterr().err == "RuntimeError: ours\n"

@@ -15,7 +15,7 @@ import traceback
 import typer
 
 from ..errors import Stopped, UserError
-from ..launch import STOPPED, die_with_agent, first_to_say, has_failed_for_good, is_echo
+from ..launch import STOPPED, anyone_said, die_with_agent, first_to_say, has_failed_for_good, is_echo
 from . import bench, checkpoint, retrieval, run, shards
 from .common import WITH_OVERRIDES
 from .finetune import finetune
@@ -95,7 +95,9 @@ def _end_of(error: Exception) -> int:
     if is_echo(error):
         # If the lost rank was of this host, its agent ends this one meanwhile: the cause is told there.
         time.sleep(ECHO_SECONDS)
-        print(f"dist-rec: rank {os.environ['RANK']}: lost another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+        if not anyone_said():
+            lost = f"lost another rank: {str(error).splitlines()[0]}"
+            print(f"dist-rec: rank {os.environ['RANK']}: {lost}", file=sys.stderr)
         return 1
     if first_to_say(repr(error)):
         traceback.print_exception(error)
