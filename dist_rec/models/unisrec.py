@@ -55,6 +55,7 @@ from ..layers.contrastive import (
     unit,
 )
 from ..layers.features import event_texts
+from ..layers.flat_events import FlatEvents, events_of
 from ..layers.moves import place, take
 from ..layers.reduction import Reduction, full_precision, masked_means
 from ..layers.whitening import WhiteningMixture
@@ -64,38 +65,6 @@ from .towers import Side, TwoTowers
 SEQUENCE_ITEM, SEQUENCE_SEQUENCE, TOTAL, RANK = "sequence_item", "sequence_sequence", "loss", "rank"
 # The only task.
 NEXT = "next"
-
-
-class _Events(NamedTuple):
-    """S events of B rows: a row's history and then its item, oldest first, the newest that the encoder can use.
-
-    Attributes:
-        length: int64 `[B]`.
-        row, age: int64 `[S]`; age 0 is a row's newest event.
-        has_item: bool `[B]`, whether that is the row's item.
-    """
-
-    length: Tensor
-    row: Tensor
-    age: Tensor
-    has_item: Tensor
-
-    def read(self, history: Tensor, lengths: Tensor, items: Tensor, missing: Tensor) -> Tensor:
-        """What events have of one feature.
-
-        Args:
-            history: `[n, ...]`, rows concatenated, oldest first; a shorter list than others lacks the oldest.
-            lengths: int64 `[B]`, adding up to n.
-            items: `[B, ...]`.
-            missing: `[1, ...]`, for events that a list lacks.
-
-        Returns:
-            `[S, ...]`.
-        """
-        back = self.age - self.has_item[self.row].long()
-        source = (lengths.cumsum(0) - 1)[self.row] - back
-        source = torch.where(back < lengths[self.row], source, len(history) + len(items))
-        return take(torch.cat([history, items, missing]), torch.where(back < 0, len(history) + self.row, source))
 
 
 class _Texts(NamedTuple):
@@ -198,7 +167,7 @@ class UniSRec(nn.Module):
         """
         if side is not None:
             return {"vectors": {NEXT: self._side(embeddings, batch, side)}}
-        events = self._events(batch)
+        events = events_of(batch, self.history, self.item, self.config.encoder.max_length)
         # An event's number is its place among all S; inputs are all but a row's newest.
         inputs = (events.age > 0).nonzero()[:, 0]
         length, row = (events.length - 1).clamp_min(0), events.row[inputs]
@@ -253,7 +222,7 @@ class UniSRec(nn.Module):
     def _side(self, embeddings: dict[str, Tensor], batch: Batch, side: Side) -> Tensor:
         """s after the whole history, or v_i of the row's item: `[B, H]`."""
         # With an item of its own, a row's newest event would be no input.
-        events = self._events(batch, with_item=side == "item")
+        events = events_of(batch, self.history, self.item, self.config.encoder.max_length, with_item=side == "item")
         every = torch.arange(len(events.row), device=events.row.device)
         texts = self._texts(batch, events, every, None) if self.config.with_text else None
         embedded = self._embedded(embeddings, batch, events) if self.config.with_ids else None
@@ -272,23 +241,13 @@ class UniSRec(nn.Module):
     def _draws(self, batch: Batch, sequences: Sequences) -> Draws:
         return draw(sequences)
 
-    def _events(self, batch: Batch, with_item: bool = True) -> _Events:
-        """Without items events are those of histories, all of them inputs."""
-        has_item = (batch.identity_lengths[self.item] > 0) & with_item
-        length = (batch.identity_lengths[self.history] + has_item) * batch.valid
-        length = length.clamp_max(self.config.encoder.max_length + with_item)
-        total = int(length.sum())
-        row = torch.repeat_interleave(torch.arange(len(length), device=length.device), length, output_size=total)
-        age = length.cumsum(0)[row] - 1 - torch.arange(total, device=length.device)
-        return _Events(length, row, age, has_item)
-
-    def _identity(self, batch: Batch, events: _Events) -> Tensor:
+    def _identity(self, batch: Batch, events: FlatEvents) -> Tensor:
         """int64 `[S]`."""
         unknown = batch.row.new_full((1,), -1)
         items = _of_rows(unknown, events.has_item, batch.identity[self.item])
         return events.read(batch.identity[self.history], batch.identity_lengths[self.history], items, unknown)
 
-    def _texts(self, batch: Batch, events: _Events, inputs: Tensor, copy: Copy | None) -> _Texts:
+    def _texts(self, batch: Batch, events: FlatEvents, inputs: Tensor, copy: Copy | None) -> _Texts:
         """Every distinct text through the adaptor, once."""
         known = self._text_vectors(batch)
         missing = batch.row.new_full((1,), len(known))
@@ -323,7 +282,7 @@ class UniSRec(nn.Module):
     def _has_dropped_words(self, batch: Batch) -> bool:
         return self.config.with_text and self.text_encoder is None and batch.text_vectors.shape[1] > self.text_width
 
-    def _embedded(self, embeddings: dict[str, Tensor], batch: Batch, events: _Events) -> Tensor:
+    def _embedded(self, embeddings: dict[str, Tensor], batch: Batch, events: FlatEvents) -> Tensor:
         """e_i of all events, `[S, H]`."""
         dtype = self.encoder.positions.dtype
         history, items = embeddings[self.history].to(dtype), embeddings[self.item].to(dtype)
@@ -351,7 +310,7 @@ class UniSRec(nn.Module):
         targets: Tensor,
         candidates: Candidates,
         batch: Batch,
-        events: _Events,
+        events: FlatEvents,
     ) -> Tensor:
         identity, seen = _of_rows(batch.row.new_full((1,), -1), events.has_item, batch.identity[self.item]), None
         if self.mask_history:
