@@ -354,6 +354,14 @@ def test_losses_are_of_known_labels_alone():
     torch.testing.assert_close(output["loss"], total + 0.2 * norms, check_dtype=False)
 
 
+def test_embeddings_that_are_not_there_have_no_norm():
+    """A user of numbers and an item of a text: no table has anything to be kept small."""
+    module = Whole(config(embedding_l2=0.2), features=["age", "title"])
+    output = module(as_batch(make_rows(), 30))
+    assert float(output["losses"]["embedding_l2"]) == 0 and output["loss"].isfinite()
+    output["loss"].backward()
+
+
 def test_a_given_task_learns_from_all_rows_of_the_other():
     rows = make_rows(60)
     clicks, buys = rows.labels["ctr"], rows.labels["cvr"]

@@ -155,7 +155,8 @@ class MVKE(nn.Module):
         logits = self._logits(user, item)
         norms = None
         if self.config.embedding_l2:
-            norms = sum(embeddings[n].to(logits.dtype).square().sum(1) for n in self.pooled)
+            squares = (embeddings[n].to(logits.dtype).square().sum(1) for n in self.pooled)
+            norms = sum(squares, logits.new_zeros(len(logits)))
         loss, losses = self._losses(logits, batch, norms)
         return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
 
