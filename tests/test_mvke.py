@@ -112,6 +112,12 @@ def test_what_no_model_could_be_is_refused(changes, fault):
         from_dict(MVKEConfig, config(**changes), "test")
 
 
+def test_kernels_that_every_task_has_of_its_own_suffice():
+    tasks = {"ctr": {"label": "ctr", "kernels": 2}, "cvr": {"label": "cvr", "kernels": 1}}
+    module = Whole(config(kernels={"shared": 0, "specific": 0}, tasks=tasks))
+    assert module.model.owned == [(0, 2), (2, 3)]
+
+
 def test_what_the_data_lacks_is_said():
     with pytest.raises(UserError, match="features of the item .* none of schema 'test'"):
         Whole(config(), features=USER)
@@ -149,6 +155,8 @@ EXACT = [
     },
     # One vector, whose weight is 1, is as good as the whole.
     {"kernels": {"shared": 1, "specific": 0}, "score": {"kind": "cosine"}},
+    {"user": {"kind": "multi_interest", "interests": 1}, "score": {"kind": "cosine"}},
+    {"preset": "paper", "item": {"kind": "vke_vkg", "kernels": 1}, "score": {"kind": "dot"}},
     *({"user": {"kind": kind}, "score": {"kind": "cosine"}} for kind in KINDS[1:-1]),
 ]
 NOT_EXACT = {

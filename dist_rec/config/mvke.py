@@ -193,10 +193,11 @@ class MVKEConfig:
             elif self.tasks[task.given].given is not None:
                 faults.append(f"tasks.{name}.given: {task.given} is given itself: a task presupposes one at most")
         if self.user.kind == "mvke":
-            for name, own in [("kernels.specific", self.kernels.specific)] + [
-                (f"tasks.{name}.kernels", task.kernels) for name, task in self.tasks.items() if task.kernels is not None
-            ]:
-                if not own + self.kernels.shared:
+            own_of = {f"tasks.{name}.kernels": task.kernels for name, task in self.tasks.items()}
+            if not own_of or None in own_of.values():
+                own_of["kernels.specific"] = self.kernels.specific
+            for name, own in own_of.items():
+                if own == self.kernels.shared == 0:
                     faults.append(f"{name} 0 beside kernels.shared 0 leaves a task without any kernel")
         elif self.kernels.crossed:
             faults.append(f"kernels.crossed is of user.kind mvke, and user.kind is {self.user.kind}")

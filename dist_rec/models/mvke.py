@@ -331,15 +331,14 @@ def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> T
     """What an index can serve of a model of these `features`."""
     tasks, why = tasks_of(schema, config), {}
     for task, spec in tasks.items():
-        several = config.user.kind == "multi_interest" or (
-            config.user.kind == "mvke" and config.kernels.shared + config.own_kernels(task) > 1
-        )
+        counts = {"mvke": config.kernels.shared + config.own_kernels(task), "multi_interest": config.user.interests}
+        several = counts.get(config.user.kind, 1) > 1
         reasons = []
         if config.kernels.crossed:
             reasons.append("kernels.crossed makes the kernels depend on user and item together")
-        if config.item.kind == "vke_vkg":
+        if config.item.kind == "vke_vkg" and config.item.kernels > 1:
             reasons.append("item.kind vke_vkg makes the item's vector depend on the user")
-        if config.user.kind == "multi_interest" and config.user.interests > 1:
+        if config.user.kind == "multi_interest" and several:
             reasons.append("user.kind multi_interest weighs interests by user and item together")
         if config.score.kind == "cosine" and several:
             reasons.append("score.kind cosine divides by the length of the mixed vector, which depends on the item")
