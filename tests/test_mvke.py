@@ -24,13 +24,14 @@ from test_foundation import (
 from torch import nn
 from torch.nn import functional as F
 
-from dist_rec.config import MVKEConfig
+from dist_rec.config import Config, MVKEConfig
 from dist_rec.config.mvke import PRESETS
 from dist_rec.data.rows import Ragged, Rows
 from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
 from dist_rec.models.mvke import MVKE, both, two_towers
 from dist_rec.strict import from_dict, to_dict
+from dist_rec.training.kinds import kind_of
 
 READ = [name for name, feature in SCHEMA.features.items() if feature.role != "query"]
 USER = [name for name in READ if SCHEMA.features[name].role != "item"]
@@ -386,6 +387,23 @@ def test_a_given_task_learns_from_all_rows_of_the_other():
     happened = torch.from_numpy(np.where(clicks == 1, np.nan_to_num(buys), 0.0))[torch.from_numpy(known)].double()
     wanted = F.binary_cross_entropy((click * buy)[torch.from_numpy(known)], happened)
     torch.testing.assert_close(output["losses"]["cvr"], wanted)
+
+
+def test_what_is_learned_is_what_is_measured():
+    """Of a given task too: purchases of all rows whose click is known, by the probability of both."""
+    model = config(tasks={"ctr": {"label": "ctr"}, "relevance": {"label": "relevance"}} | GIVEN)
+    whole = from_dict(Config, {"data": {"train": "x"}, "model": model}, "test")
+    rows, module, evaluator = make_rows(60), Whole(model), kind_of(whole).evaluator(SCHEMA, whole)
+    batch = as_batch(rows, 64)
+    output = module(batch)
+    evaluator.add_batch(batch, output)
+    found = evaluator.compute()["overall"]
+    for task, loss in output["losses"].items():
+        if task != "loss":
+            assert found[task]["logloss"] == pytest.approx(float(loss), abs=1e-6), task
+    clicks, buys = rows.labels["ctr"], rows.labels["cvr"]
+    assert found["cvr"]["rows"] == int((~np.isnan(clicks) & (~np.isnan(buys) | (clicks == 0))).sum())
+    assert found["cvr"]["positives"] == int(((clicks == 1) & (buys == 1)).sum())
 
 
 def test_products_of_probabilities_neither_vanish_nor_burst():

@@ -43,7 +43,7 @@ class UserTowerConfig:
     * `kind`: `mvke` virtual kernels; and, to compare with, `single_task` an expert for each task, `shared_bottom` one
       for all (hard sharing), `mmoe`, `cgc` and `ple` experts that gates of the user's fields mix, `multi_interest`
       several interests of a user, which the item weighs (ComiRec's self-attention, MIND's label-aware attention); it
-      attends to a history's events one by one, whatever `history.kind`.
+      attends to a history's events one by one, whatever `history.kind`, unless that is none.
     * `hidden`: widths of an expert's hidden layers.
     * `tower_hidden`: of the tasks' towers behind shared_bottom, mmoe, cgc and ple.
     * `experts`: shared ones of mmoe, cgc and ple; `specific_experts`: of each task and level, of cgc and ple.
@@ -138,7 +138,7 @@ class ObjectiveConfig:
 
     * `kernels`: instead of `kernels.specific`.
     * `given`: a task without which this one cannot happen (a conversion's click): the score is then the product of the
-      two probabilities, and all rows with that task's label are learned from (Ma et al., SIGIR'18, ESMM).
+      two probabilities, and all rows with that task's label are learned from and measured (Ma et al., SIGIR'18, ESMM).
     """
 
     label: str

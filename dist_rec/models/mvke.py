@@ -21,7 +21,7 @@ over ranks goes through the `Reduction` it is given. Every submodule is called i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -278,7 +278,7 @@ class MVKE(nn.Module):
 
     def _losses(self, logits: Tensor, batch: Batch, norms: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss and what to report. Targets are label / maximum."""
-        targets, known = self._targets(batch)
+        targets, known = targets_of(self.tasks, self.maxima, batch)
         terms = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
         valid = known & batch.valid[:, None]
         names, weights = list(self.tasks), [spec.weight for spec in self.tasks.values()]
@@ -290,21 +290,6 @@ class MVKE(nn.Module):
         loss = sum(weight * term for weight, term in zip(weights, local.unbind(0), strict=True))
         total = sum(weight * mean for weight, mean in zip(weights, means.unbind(0), strict=True))
         return loss, {**dict(zip(names, means.unbind(0), strict=True)), TOTAL: total}
-
-    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`[B, T]`, and bool `[B, T]`, which of them are known."""
-        own = {task: batch.labels[spec.label] / self.maxima[task] for task, spec in self.tasks.items()}
-        known = {task: batch.label_valid[spec.label] for task, spec in self.tasks.items()}
-        targets, valid = [], []
-        for task, spec in self.tasks.items():
-            if spec.given is None:
-                targets.append(own[task])
-                valid.append(known[task])
-            else:
-                first = own[spec.given]
-                targets.append(first * own[task])
-                valid.append(known[spec.given] & (known[task] | (first == 0)))
-        return torch.stack(targets, 1), torch.stack(valid, 1)
 
 
 def both(first: Tensor, second: Tensor) -> Tensor:
@@ -325,6 +310,33 @@ def tasks_of(schema: Schema, config: MVKEConfig) -> dict[str, ObjectiveConfig]:
     if faults:
         raise UserError("\n".join(faults))
     return tasks
+
+
+def targets_of(
+    tasks: Mapping[str, ObjectiveConfig], maxima: Mapping[str, float], batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """What the tasks' probabilities are of: label / maximum, times that of the task that one presupposes.
+
+    Args:
+        tasks: of `tasks_of`.
+        maxima: by task, of its label.
+
+    Returns:
+        `[B, T]`, and bool `[B, T]`, which of them are known. Where what a task presupposes did not happen it is known
+        to be 0, whether its own label is or not.
+    """
+    own = {task: batch.labels[spec.label] / maxima[task] for task, spec in tasks.items()}
+    known = {task: batch.label_valid[spec.label] for task, spec in tasks.items()}
+    targets, valid = [], []
+    for task, spec in tasks.items():
+        if spec.given is None:
+            targets.append(own[task])
+            valid.append(known[task])
+        else:
+            first = own[spec.given]
+            targets.append(first * own[task])
+            valid.append(known[spec.given] & (known[task] | (first == 0)))
+    return torch.stack(targets, 1), torch.stack(valid, 1)
 
 
 def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> TwoTowers:

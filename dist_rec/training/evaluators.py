@@ -6,10 +6,11 @@ say. Knows batches and outputs, no models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ..data.batch import Batch
 from ..schema import Schema
@@ -47,25 +48,36 @@ class TaskEvaluator:
         schema: of the data.
         tasks: label of each task.
         ndcg_at: cut of NDCG by query.
+        targets: of a batch what the probabilities are of, `[B, T]` in 0 .. 1, and bool `[B, T]`, which of them are
+            known; None where that is each task's label.
     """
 
     ranks_rows = False
 
-    def __init__(self, schema: Schema, tasks: dict[str, str], ndcg_at: int) -> None:
+    def __init__(
+        self,
+        schema: Schema,
+        tasks: dict[str, str],
+        ndcg_at: int,
+        targets: Callable[[Batch], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.at, self.protocol = [], {}
-        self.schema, self.tasks = schema, tasks
+        self.schema, self.tasks, self.targets = schema, tasks, targets
         self.evaluation = Evaluation(schema.domains.names, list(tasks), ndcg_at)
 
     def add_batch(self, batch: Batch, output: dict[str, Any]) -> None:
         """Reads `output["logits"]`: by task, float `[B]`."""
-        for task, label in self.tasks.items():
-            gains = batch.labels[label]
+        targets = self.targets(batch) if self.targets else None
+        for number, (task, label) in enumerate(self.tasks.items()):
+            gains, known, maximum = batch.labels[label], batch.label_valid[label], self.schema.labels[label].maximum
+            if targets is not None:
+                gains, known = maximum * targets[0][:, number], targets[1][:, number]
             self.evaluation.add(
                 task,
                 torch.sigmoid(output["logits"][task].float()),
-                gains / self.schema.labels[label].maximum,
+                gains / maximum,
                 gains,
-                batch.label_valid[label] & batch.valid,
+                known & batch.valid,
                 batch.domain,
                 batch.user,
                 batch.query,

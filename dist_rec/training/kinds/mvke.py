@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
@@ -54,7 +55,13 @@ class MVKEKind(Kind):
         return two_towers(schema, config.model, features)
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
-        return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
+        from ...models.mvke import targets_of, tasks_of
+
+        tasks, targets = tasks_of(schema, config.model), None
+        if any(spec.given for spec in tasks.values()):
+            maxima = {task: schema.labels[spec.label].maximum for task, spec in tasks.items()}
+            targets = partial(targets_of, tasks, maxima)
+        return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at, targets)
 
     def finetuned(self, tree: dict[str, Any]) -> None:
         """Nothing."""
