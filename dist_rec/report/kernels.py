@@ -5,7 +5,7 @@ Hooks see what the model's own modules give; sums travel over the ranks once, at
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..data.inspect import raw_values
+from ..data.vocabulary import tables_of, undivided
 from ..models.mvke import MVKE
 from ..training.evaluate import Trained
 from ..training.exchange import Exchange
@@ -33,19 +34,20 @@ class KernelWatch:
 
     Args:
         model: in evaluation mode, with virtual kernels.
-        tag: the feature that tells tags apart; None where there is none.
-        tags: rows of its table.
+        keys: of a batch's ids that tell tags apart, each with the number that its ids are counted from: one, or of a
+            divided vocabulary one for each part; none where nothing tells them apart.
+        tags: rows of the vocabulary.
     """
 
-    def __init__(self, model: MVKE, tag: str | None, tags: int) -> None:
-        self.model, self.tag, self.tags = model, tag, tags
+    def __init__(self, model: MVKE, keys: Mapping[str, int], tags: int) -> None:
+        self.model, self.keys = model, keys
         kernels, fields = model.kernels.num_embeddings, len(model.user_fields.names)
         self.sums = {
             "rows": torch.zeros(1, dtype=torch.float64),
             "attention": torch.zeros(kernels, fields, dtype=torch.float64),
             "present": torch.zeros(fields, dtype=torch.float64),
         }
-        if tag is not None:
+        if keys:
             self.sums["tags"] = torch.zeros(tags, dtype=torch.float64)
             for number, (start, stop) in enumerate(model.owned):
                 count = model.config.kernels.shared + stop - start
@@ -70,13 +72,14 @@ class KernelWatch:
         batch, self.task = given[1], 0
         self.valid = batch.valid.cpu()
         self.sums["rows"] += self.valid.sum()
-        if self.tag is None:
+        if not self.keys:
             return
-        ids = batch.ids[self.tag]
-        lengths = ids.lengths().cpu()
-        self.counted = self.valid & (lengths > 0)
-        # A feature of kind id: one a row at most.
-        self.of_row = torch.zeros(len(batch), dtype=torch.int64).masked_scatter(lengths > 0, ids.values().cpu())
+        self.of_row = torch.full((len(batch),), -1, dtype=torch.int64)
+        for key, first in self.keys.items():
+            ids = batch.ids[key]
+            # A feature of kind id: one a row at most.
+            self.of_row.masked_scatter_(ids.lengths().cpu() > 0, first + ids.values().cpu())
+        self.counted = self.valid & (self.of_row >= 0)
         self.sums["tags"].index_add_(0, self.of_row[self.counted], torch.ones(int(self.counted.sum())).double())
 
     def _attention(self, _: nn.Module, given: tuple[Any, Any], out: tuple[Tensor, Tensor]) -> None:
@@ -85,7 +88,7 @@ class KernelWatch:
 
     def _gate(self, _: nn.Module, given: tuple[Tensor, Tensor], weights: Tensor) -> None:
         """Called once a task, in their order."""
-        if self.tag is not None:
+        if self.keys:
             counted = weights.cpu().double()[self.counted]
             self.sums[f"gate {self.task}"].index_add_(0, self.of_row[self.counted], counted)
         self.task += 1
@@ -120,8 +123,8 @@ def measure_kernels(trained: Trained, split: str, rows: int) -> dict[str, Any]:
         return found
     stream = build_stream(prepared, split, process.rank, process.world_size, shuffled=True)
     steps = -(-rows // (stream.order.per_stream * stream.order.streams)) if rows else stream.steps
-    tag, size = _tag_of(trained, found["left_out"])
-    watch, seen = KernelWatch(model, tag, size), np.zeros(len(prepared.schema.domains.names), np.int64)
+    tag, keys, size = _tag_of(trained, found["left_out"])
+    watch, seen = KernelWatch(model, keys, size), np.zeros(len(prepared.schema.domains.names), np.int64)
     with watch.hooks():
         for batch, _ in trained.predict(stream.batches(0, 0, min(steps, stream.steps))):
             seen += np.bincount(batch.domain[batch.valid].cpu().numpy(), minlength=len(seen))
@@ -132,19 +135,21 @@ def measure_kernels(trained: Trained, split: str, rows: int) -> dict[str, Any]:
     return found
 
 
-def _tag_of(trained: Trained, left_out: dict[str, str]) -> tuple[str | None, int]:
-    """The feature that tells tags apart and the rows of its table; None and 0 where there is none to tell them by."""
+def _tag_of(trained: Trained, left_out: dict[str, str]) -> tuple[str | None, dict[str, int], int]:
+    """The feature that tells tags apart, and `keys` and `tags` of `KernelWatch`; without one, None, none and 0."""
     prepared = trained.prepared
     tag = item_of(prepared.schema, prepared.features)
-    spec = next((spec for spec in prepared.specs if tag in spec.features), None)
-    if spec is None:
-        left_out["tags"] = "no feature that is the item's id (aspect: id) is read by one table"
-        return None, 0
-    if spec.managed or spec.rows > MOST_ROWS:
-        why = "are managed, and change their meaning" if spec.managed else f"are more than {MOST_ROWS:,}"
-        left_out["tags"] = f"the {spec.rows:,} rows of table {spec.name} {why}"
-        return None, 0
-    return tag, spec.rows
+    if tag is None:
+        left_out["tags"] = "no feature that is the item's id (aspect: id) is read"
+        return None, {}, 0
+    whole, tables = prepared.schema.table_of(tag), tables_of(prepared.schema, prepared.config.tables.overrides)
+    specs = [spec for spec in prepared.specs if undivided(spec.name) == whole]
+    size = max(tables[spec.name].start + spec.rows for spec in specs)
+    if specs[0].managed or size > MOST_ROWS:
+        why = "are managed, and change their meaning" if specs[0].managed else f"are more than {MOST_ROWS:,}"
+        left_out["tags"] = f"the {size:,} rows of table {whole} {why}"
+        return None, {}, 0
+    return tag, {tag + spec.name.removeprefix(whole): tables[spec.name].start for spec in specs}, size
 
 
 def _told(trained: Trained, split: str, sums: dict[str, np.ndarray], tag: str | None) -> dict[str, Any]:
