@@ -6,14 +6,16 @@ Needs the raw folder (DIST_REC_RAW, else ../shared/data beside the repository).
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
 from raw_recipes import RAW, ROOT, common, movielens, needs_raw
-from toy_shards import read
+from toy_shards import read, values
 
 from dist_rec.data.index import read_index
 from dist_rec.data.verify import verify
@@ -101,16 +103,27 @@ def test_a_genre_is_a_tag_of_every_rating_of_its_films(raw, recipe):
         at += len(wanted)
 
 
-def test_histories_are_of_liked_tags_of_training_rows(tmp_path):
+def test_histories_are_of_liked_tags_of_training_rows(tmp_path, raw, recipe):
     data = built(tmp_path / "genres", "--data", "movielens", "--tag", "genre", "--split", "time:8,1,1")
     assert [verify(str(data / split))["rows"] for split in ("valid", "catalogue")][1] == 18
     schema = read_index(str(data / "train")).schema
     assert "year" not in schema.features and schema.features["item_id"].vocabulary.size == 19
     tags = read(data / "catalogue")
     assert len(tags) == 18 and all(not row["history"] and row["label:like"] is None for row in tags)
-    rows = read(data / "valid")
-    known = [row for row in rows if row["history"]]
-    assert 0.01 < len(known) / len(rows) < 0.9
+    rating, _ = recipe.movielens_rows(raw, "genre", common.split_times(raw.time))
+    liked = rating.filter(pc.and_(pc.equal(rating["like"], 1), pc.equal(rating["split"], "train")))
+    liked = liked.group_by("user_id").aggregate([("item_id", "list")]).to_pydict()
+    before = dict(zip(liked["user_id"], map(Counter, liked["item_id_list"]), strict=True))
+    users, names, seen = values(data, "user_id"), values(data, "item_id"), Counter()
+    for row in read(data / "valid"):
+        # All of training is before; of likes that are more than a history holds, only how many is checked.
+        wanted, found = (
+            before.get(users[row["user_id"]], Counter()),
+            Counter(names[tag] for tag in row["history"] or []),
+        )
+        assert found == wanted if wanted.total() <= 30 else found.total() == 30 and not found - wanted
+        seen[min(wanted.total(), 31)] += 1
+    assert seen[0] and seen[31] and len(seen) > 10
 
 
 def test_what_cannot_be_is_said(tmp_path):
