@@ -231,11 +231,7 @@ def test_the_score_is_the_paper_s(doubles):
     """The whole forward of one task, its equations written out."""
     module = Whole(config(preset="paper", item={"hidden": []}, tasks={"ctr": {"label": "ctr"}}))
     model, batch = module.model, as_batch(make_rows(), 24)
-    embeddings, lengths = module.tables(batch), batch.id_lengths()
-    texts = model.text_projection(batch.text_vectors.double())
-    (fields, _), (items, _) = (
-        side(embeddings, lengths, batch, texts, torch.float64) for side in (model.user_fields, model.item_fields)
-    )
+    (fields, _), (items, _) = sides_of(module, batch)
     kernels, gate = model.kernels.weight, model.gate
     experts, _ = model.experts(kernels, fields)
     tag = items.values.flatten(1) @ model.item.tower.layers[0].weight[0, 0] + model.item.tower.layers[0].bias[0, 0]
@@ -243,6 +239,56 @@ def test_the_score_is_the_paper_s(doubles):
     weights = torch.softmax(query @ keys.t() / 6**0.5, 1)
     user = (weights[:, :, None] * values).sum(1)
     torch.testing.assert_close(module(batch)["logits"]["ctr"], F.cosine_similarity(user, tag))
+
+
+def sides_of(module: Whole, batch) -> list[tuple]:
+    """The fields of the user and of the item, and the events of histories."""
+    embeddings, lengths = module.tables(batch), batch.id_lengths()
+    texts = module.model.text_projection(batch.text_vectors.double())
+    sides = module.model.user_fields, module.model.item_fields
+    return [side(embeddings, lengths, batch, texts, torch.float64) for side in sides]
+
+
+def test_options_score_as_they_say(doubles):
+    """Kernels of a row, one of them a task's own, and an item of two kernels that the user weighs: written out."""
+    changes = {"item": {"kind": "vke_vkg", "kernels": 2}, "kernels": {"crossed": True, "shared": 1, "specific": 1}}
+    module = Whole(config(tasks={t: {"label": t} for t in ("ctr", "cvr")}, score={"scale": 3.0}, **changes))
+    for name, parameter in module.model.named_parameters():
+        if "kernels" in name or "crossed" in name:
+            nn.init.normal_(parameter)
+    model, batch = module.model, as_batch(make_rows(), 24)
+    (user, _), (item, _) = sides_of(module, batch)
+    users, items = (x.values.sum(1) / x.present.sum(1).clamp_min(1)[:, None] for x in (user, item))
+    moves = ((users * items) @ model.crossed.move.weight.t()).view(24, 3, 6)
+    kernels = model.kernels.weight + moves
+    experts, _ = model.experts(kernels, user)
+    of_item = model.item.kernels.weight
+    item_experts, _ = model.item.tower(of_item, item)
+    for number, task in enumerate(("ctr", "cvr")):
+        mine, its = [0, 1 + number], [2 * number, 2 * number + 1]
+        tag = item_experts[:, its].mean(1)
+        weights = torch.softmax(torch.einsum("bd,bkd->bk", tag, kernels[:, mine]), 1)
+        of_user = torch.softmax(experts[:, mine].mean(1) @ of_item[its].t(), 1)
+        tag = (of_user[:, :, None] * item_experts[:, its]).sum(1)
+        wanted = 3 * ((weights[:, :, None] * experts[:, mine]).sum(1) * tag).sum(1)
+        torch.testing.assert_close(module(batch)["logits"][task], wanted)
+
+
+@pytest.mark.parametrize("kind", ["multi_interest", "mmoe"])
+def test_baselines_score_as_they_say(kind, doubles):
+    user = {"kind": kind, "interests": 3, "sharpness": 2.0}
+    module = Whole(config(user=user, item={"hidden": [], "kind": "vke", "kernels": 2}))
+    model, batch = module.model, as_batch(make_rows(), 24)
+    (user, events), (item, _) = sides_of(module, batch)
+    assert len(events) == (2 if kind == "multi_interest" else 0)
+    tags = model.item.tower(model.item.kernels.weight, item)[0].view(24, 3, 2, 6).mean(2)
+    for number, task in enumerate(model.tasks):
+        if kind == "multi_interest":
+            products = torch.einsum("bid,bd->bi", model.interests(user, events), tags[:, number])
+            wanted = (torch.softmax(2 * products, 1) * products).sum(1)
+        else:
+            wanted = (model.towers(user)[:, number] * tags[:, number]).sum(1)
+        torch.testing.assert_close(module(batch)["logits"][task], wanted)
 
 
 def test_fields_are_what_a_row_has():
