@@ -86,6 +86,10 @@ def test_stars_are_likes_and_loves(raw, recipe):
     assert int(np.sum(rows["love"].to_numpy())) == stars[5] == 226_310
     latest = {name: int(np.max(raw.time[split == n])) for n, name in enumerate(("train", "valid", "test"))}
     assert latest["train"] < latest["valid"] < latest["test"]
+    users = [np.unique(raw.user[split == n]) for n in range(3)]
+    # As the recipe's first lines say.
+    new = [1 - np.isin(users[n], users[0]).mean() for n in (1, 2)]
+    assert new == pytest.approx([1 / 2, 1 / 6], abs=0.05)
     assert rows["split"].to_pylist()[:1000] == [("train", "valid", "test")[n] for n in split[:1000]]
 
 

@@ -8,8 +8,9 @@ Both are proxies for clicks and conversions: nobody publishes those with profile
 
 `movielens`: ratings of MovieLens-1M. A user *likes* a film that he gives 4 or 5 stars, and *loves* one that he gives 5.
 The tag is the film (`--tag title`), or a genre (`--tag genre`: a row for each genre of the rated film). Histories are
-liked tags, of training rows strictly before. Splits: time:8,1,1 (default; most users of the last tenth are new), or
-random:8,1,1 by rating; the genres of one rating are in one part.
+liked tags, of training rows strictly before. Splits: time:8,1,1 (default; training has no row of half the users of the
+valid tenth, and of a sixth of those of the test tenth), or random:8,1,1 by rating; the genres of one rating are in one
+part.
 
 `hillstrom`: the MineThatData e-mail challenge, 64,000 customers of a shop with what they had bought before, one of
 three e-mails sent at random (men's, women's, none), which is the tag, and whether they *visited* and *bought* within
