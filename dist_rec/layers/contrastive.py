@@ -32,7 +32,7 @@ from .reduction import Reduction
 # Scores that exist at a time: what suits the caches of one, and hides the launches of the other.
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # Up to how many scores in all are kept for backward.
-KEPT = 2**24
+KEPT = 2**25
 # Below it, exp(-2 / tau) is no normal number of single precision.
 LEAST_TEMPERATURE = 0.024
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
