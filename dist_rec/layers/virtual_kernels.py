@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fields import Fields
-from .per_domain import PerDomainMLP
+from .per_domain import PerDomainMLP, all_rows
 
 ACTIVATIONS = {"none": nn.Identity, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 Combine = Literal["concat", "sum", "residual_norm"]
@@ -86,7 +86,7 @@ class KernelExperts(nn.Module):
             if self.norm is not None:
                 mixed = self.norm(values[:, None] + mixed) * present[:, None, :, None]
             mixed = mixed.flatten(2)
-        return self.experts(mixed, _one_group(mixed)), weights
+        return self.experts(mixed, all_rows(mixed)), weights
 
 
 class KernelGate(nn.Module):
@@ -149,9 +149,4 @@ class CrossedKernels(nn.Module):
 
     def forward(self, kernels: Tensor, user: Tensor, item: Tensor) -> Tensor:
         """`kernels` `[K, d]`, `user` and `item` `[B, d]` -> `[B, K, d]`."""
-        return kernels + self.move(user * item).view(len(user), self.kernels, kernels.shape[1])
-
-
-def _one_group(x: Tensor) -> Tensor:
-    """All rows, as sizes of `per_domain`."""
-    return torch.tensor([len(x)])
+        return kernels + self.move(user * item).view(user.shape[0], self.kernels, kernels.shape[1])

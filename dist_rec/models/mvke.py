@@ -266,7 +266,7 @@ class MVKE(nn.Module):
                 weights = self.gate(tag, self._of_task(number, kernels))
             else:
                 count = self.config.user.interests if self.config.user.kind == "multi_interest" else 1
-                weights = tag.new_full((len(tag), count), 1 / count)
+                weights = tag.new_full((tag.shape[0], count), 1 / count)
             if self.config.item.kind == "vke_vkg":
                 tag = self.item_gate.value(experts[:, one]).mean(1)
             tag = full_precision(tag)
