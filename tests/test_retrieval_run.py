@@ -201,3 +201,15 @@ def test_an_experts_model_is_exported_as_an_approximation_only(toy_run, tmp_path
     assert known["items"][0]["score"] == pytest.approx(1, abs=1e-5)
     assert known["items"][0]["title"] == "thing number 3"
     assert -1 <= new["items"][-1]["score"] <= new["items"][0]["score"] <= 1
+
+
+def test_what_has_no_graph_is_no_bundle(sequences, toy_run, tmp_path):
+    for run, why in (
+        (sequences, "its events are packed"),
+        (toy_run, "each domain's rows go through maps of their own"),
+    ):
+        said = refused("export", run, "--bundle", tmp_path / "b")
+        assert "cannot be exported as a bundle" in said and why in said and not (tmp_path / "b").exists()
+    assert "leave --nproc-per-node out" in refused(
+        "export", toy_run, "--bundle", tmp_path / "b", "--nproc-per-node", "2"
+    )

@@ -29,17 +29,29 @@ def export(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Export a model whose scores an index does not give exactly.")
     ] = False,
-    pairs: Annotated[int, typer.Option(help="Pairs whose score is compared with the model's own.", min=1)] = 1000,
+    pairs: Annotated[
+        int, typer.Option(help="Pairs, or a bundle's rows, whose score is compared with the model's own.", min=1)
+    ] = 1000,
     queries: Annotated[int, typer.Option(help="Users that the index is measured with.", min=1)] = 1000,
     k: Annotated[int, typer.Option(help="Answers at which recall is measured.", min=1)] = 50,
     vocabulary: Annotated[
         Path | None, typer.Option(help="Folder of the dictionaries, where they do not lie beside the data.")
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Write a scoring bundle to this folder instead: raw rows to scores, by torch alone."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the bundle's tables: int8, fp16 or fp32.")] = "int8",
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
     """Vectors of all items and users, and an index of the items (a torchrun job); --section.key value overrides."""
     keys = overrides(context.args)
+    if bundle is not None:
+        if nproc_per_node > 1:
+            raise UserError("a bundle is written by one process: leave --nproc-per-node out.")
+        _bundle(run, keys, bundle, precision, pairs, vocabulary, as_json)
+        return
     of_index = {key.removeprefix(INDEX): keys.pop(key) for key in list(keys) if key.startswith(INDEX)}
     from ..config import load_config
 
@@ -57,6 +69,21 @@ def export(
     if is_main():
         print_manifest(found, out)
         print_json(as_json, {"export": str(out), **to_dict(found)})
+
+
+def _bundle(
+    run: Path, keys: dict[str, str], out: Path, precision: str, rows: int, vocabulary: Path | None, as_json: bool
+) -> None:
+    if precision not in ("int8", "fp16", "fp32"):
+        raise UserError(f"--precision {precision} is not known: there is int8, fp16, fp32.")
+    from ..config import load_config
+
+    loaded = load_config(run / "config.yaml", keys)
+    from ..retrieval.bundle import BundleWishes, export_bundle, print_bundle
+
+    manifest = export_bundle(loaded, run, BundleWishes(out, precision, rows, vocabulary))
+    print_bundle(manifest, out)
+    print_json(as_json, {"bundle": str(out), **manifest})
 
 
 def search(

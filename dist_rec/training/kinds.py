@@ -114,6 +114,10 @@ class Kind(ABC):
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
 
+    def not_bundled(self, config: Config) -> str | None:
+        """Why its forward cannot be a graph that scores rows; None if it can."""
+        return None
+
     def not_evaluated(self, config: Config) -> str | None:
         """Why there is nothing to measure of this config's model, in words; None where there is."""
         return None
@@ -187,6 +191,9 @@ class _Foundation(Kind):
         from ..models.foundation import towers_of
 
         return towers_of(schema, features)
+
+    def not_bundled(self, config: Config) -> str | None:
+        return "each domain's rows go through maps of their own, in slices as long as no graph can know beforehand"
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
@@ -310,6 +317,9 @@ class _UniSRec(Kind):
         from ..models.unisrec import towers_of
 
         return towers_of(schema, config.model, features)
+
+    def not_bundled(self, config: Config) -> str | None:
+        return "its events are packed, row after row, and how many there are no graph can know beforehand"
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
