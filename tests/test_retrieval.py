@@ -11,6 +11,7 @@ from dist_rec.data.index import read_index
 from dist_rec.data.reader import ShardReader
 from dist_rec.errors import UserError
 from dist_rec.models.towers import TwoTowers
+from dist_rec.retrieval.compact import build_compact, read_compact, write_compact
 from dist_rec.retrieval.entities import item_feature, item_keys, last_rows, user_key
 from dist_rec.retrieval.export import Wishes, _tasks
 from dist_rec.retrieval.index import build_index, exact_top, measure, parse_index
@@ -168,6 +169,59 @@ def test_an_approximate_task_is_measured_too(two_tasks):
     found = _tasks(folder, towers(exact=False), Wishes(folder, approximate=True), some, own)["buy"]
     assert not found.exact and found.why == "its score is a cosine of whole vectors"
     assert found.scores["max_score_error"] > 0.1 and found.scores["rank_correlation"]["buy"] == 1
+
+
+def gated(folder, count: int, kernels: int, one_kernel: bool) -> tuple[Parts, np.ndarray]:
+    """Items in compact form and the concatenation that they are of."""
+    tags, draw = clustered(count), np.random.default_rng(5)
+    weights = draw.dirichlet(np.ones(kernels), count).astype(np.float32)
+    if one_kernel:
+        # The last kernel has no item, the first few.
+        kernel = draw.integers(1, kernels - 1, count)
+        kernel[:7] = 0
+        weights = np.eye(kernels, dtype=np.float32)[kernel]
+    writer = PartWriter(folder, 0)
+    writer.write(pa.RecordBatch.from_pydict({"tag:buy": as_lists(tags), "weights:buy": as_lists(weights)}))
+    writer.close()
+    return Parts(folder), (weights[:, :, None] * tags[:, None]).reshape(count, -1)
+
+
+@pytest.mark.parametrize("kind", ["scan", "flat", "ivf", "hnsw", "pq"])
+def test_compact_form_answers_as_the_concatenation_does(kind, tmp_path):
+    kernels, config = 4, parse_index("flat" if kind == "scan" else kind, {})
+    items, whole = gated(tmp_path / "items", COUNT, kernels, one_kernel=kind != "scan")
+    queries = clustered(kernels * 100, seed=1).reshape(100, -1)
+    assert items.width("buy") == kernels * WIDTH
+    np.testing.assert_array_equal(np.concatenate(list(items.vectors("buy"))), whole)
+    index = build_compact(config, items, "buy", kind != "scan")
+    chosen, found = measure(index, config, queries, 50, lambda: items.vectors("buy"), repeats=3)
+    assert found["recall_at_50"] >= (1.0 if kind in ("scan", "flat") else 0.95), found
+    assert set(chosen) == {"ivf": {"probes"}, "hnsw": {"search_width"}}.get(kind, set())
+    write_compact(index, tmp_path / "index.npz")
+    again = read_compact(tmp_path / "index.npz")
+    assert (again.ntotal, again.d) == (COUNT, kernels * WIDTH)
+    for mine, theirs in zip(again.search(queries, 9), index.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    if kind in ("scan", "flat"):
+        scores, where = index.search(queries, 20)
+        best, right, _ = exact_top(queries, 20, [whole])
+        np.testing.assert_allclose(scores, best, rtol=1e-5)
+        assert (where == right).mean() > 0.999
+        assert (tmp_path / "index.npz").stat().st_size < (0.3 + 0.1) * whole.nbytes
+    # Fewer items than are asked for.
+    few, _ = gated(tmp_path / "few", 9, kernels, one_kernel=kind != "scan")
+    few = build_compact(config, few, "buy", kind != "scan")
+    scores, where = few.search(queries[:2], 9)
+    assert sorted(where[0].tolist()) == list(range(9)) and (np.diff(scores) <= 0).all()
+
+
+def test_compact_forms_that_cannot_be_are_refused(tmp_path):
+    items, _ = gated(tmp_path / "items", 100, 3, one_kernel=False)
+    with pytest.raises(UserError, match="a softmax gate weighs every kernel of an item"):
+        build_compact(parse_index("hnsw", {}), items, "buy", one_kernel=False)
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is no compact index"):
+        read_compact(tmp_path / "x.npz")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,9 @@ def export(
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Export a model whose scores an index does not give exactly.")
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Items as one vector and the weights of their kernels, of an mvke model.")
+    ] = False,
     pairs: Annotated[
         int, typer.Option(help="Pairs, or a bundle's rows, whose score is compared with the model's own.", min=1)
     ] = 1000,
@@ -65,7 +68,7 @@ def export(
 
     sizes = parse_index(index, of_index)
     out = out or run / EXPORT
-    found = make(loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary))
+    found = make(loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary, compact))
     if is_main():
         print_manifest(found, out)
         print_json(as_json, {"export": str(out), **to_dict(found)})

@@ -329,9 +329,10 @@ def tasks_of(schema: Schema, config: MVKEConfig) -> dict[str, ObjectiveConfig]:
 def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> TwoTowers:
     """What an index can serve of a model of these `features`."""
     tasks, why = tasks_of(schema, config), {}
+    virtual = config.user.kind == "mvke"
     for task, spec in tasks.items():
         several = config.user.kind == "multi_interest" or (
-            config.user.kind == "mvke" and config.kernels.shared + config.own_kernels(task) > 1
+            virtual and config.kernels.shared + config.own_kernels(task) > 1
         )
         reasons = []
         if config.kernels.crossed:
@@ -358,6 +359,8 @@ def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> T
         why=why,
         scale=dict.fromkeys(tasks, config.score.scale),
         bias=dict.fromkeys(tasks, 0.0),
+        kernels={task: config.kernels.shared + config.own_kernels(task) for task in tasks} if virtual else {},
+        one_kernel=virtual and config.gate.kind == "argmax",
     )
 
 

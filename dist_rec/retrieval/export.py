@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch.distributed as dist
 from scipy.stats import spearmanr
@@ -26,6 +27,7 @@ from ..training import checkpoint
 from ..training.evaluate import trained
 from ..training.passes import fingerprint
 from ..training.process import world_size
+from .compact import SUFFIX, Gated, SubIndexes, build_compact, write_compact
 from .index import IndexConfig, build_index, measure, write_index
 from .manifest import (
     CONFIG_NAME,
@@ -60,6 +62,7 @@ class Wishes:
         items: data set of the items; None is data.catalogue.
         users: of the users; None is the test rows, or else the valid or train rows; NOBODY leaves them out.
         index: of the items.
+        compact: store items as E_T and the weights of their kernels.
         approximate: take tasks whose vectors do not make the model's score.
         pairs: of user and item, whose score is compared with the model's own.
         queries: users that the index is measured with, and `k`, at how many answers.
@@ -75,6 +78,7 @@ class Wishes:
     queries: int = 1000
     k: int = 50
     vocabulary: Path | None = None
+    compact: bool = False
 
 
 def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
@@ -96,6 +100,8 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
         prepared = loaded.prepared
         towers = prepared.kind.towers(prepared.schema, config, prepared.features)
         _refuse_inexact(towers, wishes.approximate)
+        if wishes.compact and not towers.kernels:
+            raise UserError("--compact is of virtual kernels, which an item weighs: this model has none. Leave it out.")
         item, items = items_of(items_root, prepared, towers, wishes.vocabulary)
         users = None
         if users_root != NOBODY:
@@ -104,7 +110,7 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        job = VectorJob(loaded, towers, item)
+        job = VectorJob(loaded, towers, item, wishes.compact)
         told = {ITEMS: _told(items, items_root, job.write(items, partial / ITEMS))}
         own, pairs = None, None
         if users is not None:
@@ -191,13 +197,16 @@ def _tasks(
             return items.vectors(task)
 
         started = time.monotonic()
-        index = build_index(wishes.index, width, len(items), vectors)
+        if wishes.compact:
+            index = build_compact(wishes.index, items, task, towers.one_kernel)
+        else:
+            index = build_index(wishes.index, width, len(items), vectors)
         seconds = time.monotonic() - started
         asked = users or items
         some = np.linspace(0, len(asked) - 1, min(wishes.queries, len(asked))).astype(np.int64)
         chosen, answers = measure(index, wishes.index, asked.vectors_at(some, task), wishes.k, vectors)
-        path = folder / INDEX / f"{number}.faiss"
-        write_index(index, path)
+        path = folder / INDEX / f"{number}{SUFFIX if wishes.compact else '.faiss'}"
+        (write_compact if wishes.compact else write_index)(index, path)
         found[task] = Task(
             exact=towers.exact[task] and not _is_off(scores[task]),
             why=_why(towers, task, scores[task]),
@@ -205,14 +214,27 @@ def _tasks(
             bias=towers.bias[task],
             width=width,
             scores=scores[task],
-            index=wishes.index.resolved(len(items), width) | chosen,
+            index=_sizes(index, wishes.index, len(items), width) | chosen,
             file=f"{INDEX}/{path.name}",
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
             seconds=round(seconds, 3),
             answers={"queries_of": USERS if users else ITEMS, **answers},
+            compact=_compact(index, towers.kernels[task]) if wishes.compact else None,
         )
     return found
+
+
+def _sizes(
+    index: faiss.Index | Gated | SubIndexes, config: IndexConfig, count: int, width: int
+) -> dict[str, int | str]:
+    # Those of sub-indexes follow from the number of each one's items.
+    return {"kind": config.kind} if isinstance(index, Gated | SubIndexes) else config.resolved(count, width)
+
+
+def _compact(index: Gated | SubIndexes, kernels: int) -> dict[str, Any]:
+    found = {"kernels": kernels, "width": index.d // kernels, "concatenated_bytes": index.ntotal * index.d * 4}
+    return found | ({"items": [len(p) for p in index.positions]} if isinstance(index, SubIndexes) else {})
 
 
 def _scores(

@@ -21,6 +21,7 @@ from ..data.candidates import share_of
 from ..errors import UserError
 from ..training import checkpoint
 from ..training.process import choose_device, process_group, quieten
+from .compact import Gated, SubIndexes, read_compact
 from .index import read_index_file, rescored
 from .manifest import CONFIG_NAME, EXPORT, ITEMS, MANIFEST_NAME, USERS, read_manifest, sha256_of
 from .names import key_of
@@ -51,7 +52,7 @@ class Export:
             self._check_checkpoint()
         self.items = Parts(self.folder / ITEMS)
         self.users = Parts(self.folder / USERS) if self.manifest.users else None
-        self._indexes: dict[str, faiss.Index] = {}
+        self._indexes: dict[str, faiss.Index | Gated | SubIndexes] = {}
 
     def _check_checkpoint(self) -> None:
         saved = checkpoint.read_manifest(checkpoint.find(self.run))
@@ -72,7 +73,7 @@ class Export:
             raise UserError(f"--task {name} is not known: {self.folder} has {', '.join(self.manifest.tasks)}.")
         return name or next(iter(self.manifest.tasks))
 
-    def index(self, task: str) -> faiss.Index:
+    def index(self, task: str) -> faiss.Index | Gated | SubIndexes:
         """A task's index.
 
         Raises:
@@ -86,7 +87,7 @@ class Export:
                     f"{path} is not the index that {MANIFEST_NAME} describes: it does not belong to this export, or is "
                     "damaged. Export again."
                 )
-            index = read_index_file(path)
+            index = read_compact(path) if about.compact else read_index_file(path)
             if (index.ntotal, index.d) != (len(self.items), about.width):
                 raise UserError(
                     f"{path} is of {index.ntotal} vectors, and there are {len(self.items)} items: export again."
