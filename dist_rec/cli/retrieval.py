@@ -23,7 +23,10 @@ def export(
         str | None, typer.Option(help="Data set of the items, each one's last row; default data.catalogue.")
     ] = None,
     users: Annotated[
-        str | None, typer.Option(help="Data set of the users, each one's last row; default data.test; none leaves out.")
+        str | None,
+        typer.Option(
+            help="Data set of the users, each one's last row; default data.test (--judge: data.train); none: nobody."
+        ),
     ] = None,
     index: Annotated[str, typer.Option(help="flat, ivf, hnsw or pq; its sizes are --index.KEY VALUE.")] = "flat",
     approximate: Annotated[
@@ -37,6 +40,10 @@ def export(
     ] = 1000,
     queries: Annotated[int, typer.Option(help="Users that the index is measured with.", min=1)] = 1000,
     k: Annotated[int, typer.Option(help="Answers at which recall is measured.", min=1)] = 50,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Data set of held-out rows: recall and NDCG of users' answers."),
+    ] = None,
     vocabulary: Annotated[
         Path | None, typer.Option(help="Folder of the dictionaries, where they do not lie beside the data.")
     ] = None,
@@ -68,7 +75,9 @@ def export(
 
     sizes = parse_index(index, of_index)
     out = out or run / EXPORT
-    found = make(loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary, compact))
+    found = make(
+        loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary, compact, judge)
+    )
     if is_main():
         print_manifest(found, out)
         print_json(as_json, {"export": str(out), **to_dict(found)})

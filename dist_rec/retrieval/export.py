@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..training.passes import fingerprint
 from ..training.process import world_size
 from .compact import SUFFIX, Gated, SubIndexes, build_compact, write_compact
 from .index import IndexConfig, build_index, measure, write_index
+from .judge import Seen, judge, read_seen
 from .manifest import (
     CONFIG_NAME,
     FORMAT,
@@ -44,7 +45,8 @@ from .manifest import (
     sizes_of,
 )
 from .parts import Parts
-from .vectors import Members, VectorJob, items_of, users_of
+from .rows import DataSet
+from .vectors import Members, VectorJob, items_of, open_data, users_of
 
 # Of scores that are called exact, over scale * |u| * |i|.
 TOLERANCE = 1e-5
@@ -66,6 +68,7 @@ class Wishes:
         approximate: take tasks whose vectors do not make the model's score.
         pairs: of user and item, whose score is compared with the model's own.
         queries: users that the index is measured with, and `k`, at how many answers.
+        judge: data set of held-out rows; users are then those of the training rows, if none are named.
         vocabulary: folder of the dictionaries, where they do not lie beside the data.
     """
 
@@ -79,6 +82,7 @@ class Wishes:
     k: int = 50
     vocabulary: Path | None = None
     compact: bool = False
+    judge: str | None = None
 
 
 def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
@@ -93,7 +97,8 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     items_root = wishes.items or config.data.catalogue
     if items_root is None:
         raise UserError("the config names no data.catalogue: name a data set with the items in --items.")
-    users_root = wishes.users or config.data.test or config.data.valid or config.data.train
+    usual = config.data.train if wishes.judge else config.data.test or config.data.valid or config.data.train
+    users_root = wishes.users or usual
     partial = wishes.out.with_name(f".{wishes.out.name}.partial")
     _check_place(wishes.out)
     with trained(config, run, "train") as loaded:
@@ -111,6 +116,9 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
             partial.mkdir(parents=True)
         dist.barrier()
         job = VectorJob(loaded, towers, item, wishes.compact)
+        if wishes.judge is not None and (users is None or users.key != "user"):
+            raise UserError("--judge compares what users are answered with what they had: the export has no users.")
+        judged = None if wishes.judge is None else open_data(wishes.judge, prepared, "--judge")
         told = {ITEMS: _told(items, items_root, job.write(items, partial / ITEMS))}
         own, pairs = None, None
         if users is not None:
@@ -124,7 +132,16 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     if rank:
         return None
     try:
-        tasks = _tasks(partial, towers, wishes, pairs, own)
+        held = None
+        if judged is not None:
+            train = DataSet(config.data.train, prepared.indexes["train"])
+            labels = prepared.kind.heads(prepared.schema, config)
+            of_tasks = {task: labels.get(task) for task in towers.tasks}
+            held = [
+                read_seen(d.reader(prepared, [item]), d.index.schema, item, users.found.key, items.found.key, of_tasks)
+                for d in (train, judged)
+            ]
+        tasks = _tasks(partial, towers, wishes, pairs, own, held)
     except UserError:
         shutil.rmtree(partial)
         raise
@@ -140,6 +157,7 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
         ranks=ranks,
         items=told[ITEMS],
         users=told.get(USERS),
+        judged=wishes.judge,
         index=wishes.index,
         tasks=tasks,
     )
@@ -182,7 +200,12 @@ def _told(members: Members, root: str, seconds: float) -> Told:
 
 
 def _tasks(
-    folder: Path, towers: TwoTowers, wishes: Wishes, pairs: np.ndarray | None, own: dict[str, np.ndarray] | None
+    folder: Path,
+    towers: TwoTowers,
+    wishes: Wishes,
+    pairs: np.ndarray | None,
+    own: dict[str, np.ndarray] | None,
+    held: Sequence[Seen] | None = None,
 ) -> dict[str, Task]:
     items = Parts(folder / ITEMS)
     users = Parts(folder / USERS) if pairs is not None else None
@@ -220,6 +243,7 @@ def _tasks(
             sha256=sha256_of(path),
             seconds=round(seconds, 3),
             answers={"queries_of": USERS if users else ITEMS, **answers},
+            quality=judge(index, wishes.index, users, items, task, *held, wishes.k) if held else None,
             compact=_compact(index, towers.kernels[task]) if wishes.compact else None,
         )
     return found

@@ -67,6 +67,7 @@ class Task:
         file, bytes, sha256, seconds: of the index, and what building it took.
         compact: None, where items are stored as vectors. Else `kernels` K, `width` d of E_T, `concatenated_bytes` that
             the vectors alone would take, and, of an arg-max gate, `items`, how many each kernel's index has.
+        quality: what `judge.judge` found against held-out rows; None where there were none.
         answers: what it was measured at (`index.measure`), with `queries_of`: users, or items where there are none.
     """
 
@@ -83,6 +84,7 @@ class Task:
     seconds: float
     answers: dict[str, Any]
     compact: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
 
 
 @strict
@@ -93,6 +95,7 @@ class Manifest:
         run: folder of the run.
         checkpoint, step: which of its checkpoints, by the checksum of its checkpoint.json.
         model: kind.
+        judged: the data set of held-out rows that quality was judged by.
         approximate: whether inexact tasks were asked for.
         item: the feature that tells items apart.
     """
@@ -109,6 +112,7 @@ class Manifest:
     index: IndexConfig
     tasks: dict[str, Task]
     users: Told | None = None
+    judged: str | None = None
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -172,6 +176,10 @@ def print_manifest(manifest: Manifest, folder: Path) -> None:
             f"{task.seconds:.1f} s; {recall}, {task.answers['query_ms']:.2f} ms a query, "
             f"{task.answers['queries_per_s']:,.0f} queries/s"
         )
+        for by in ("index", "exact", "popularity") if task.quality else ():
+            if by in task.quality:
+                figures = ", ".join(f"{key} {value:.4f}" for key, value in task.quality[by].items())
+                print(f"    {by}: {figures}, of {task.quality['users']:,} users' held-out items")
         if task.compact:
             told = task.compact
             print(f"    {told['kernels']} weights and a vector of {told['width']} an item: ", end="")
