@@ -15,10 +15,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from .errors import UserError, nearest
+from .scoring.hashes import RAW_IDS
 from .strict import from_dict, read_yaml, strict
-
-# Raw ids are 0 .. RAW_IDS - 1: what is not negative in 64 bits, but for the largest, which is free to mean "no id".
-RAW_IDS = 2**63 - 1
 
 Role = Literal["user", "history", "query", "item"]
 Kind = Literal["id", "ids", "dense", "text", "texts"]

@@ -27,7 +27,6 @@ from safetensors.torch import load_file, save_file
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dist_rec.config import Config
-from dist_rec.data.vocabulary import mix
 from dist_rec.embeddings.ids import COUNT, FREE, ID, LAST_SEEN, first_vectors
 from dist_rec.embeddings.managed import id_counts, managed_ids
 from dist_rec.embeddings.sharding import OPTIMIZERS, optimizer_arguments
@@ -35,6 +34,7 @@ from dist_rec.embeddings.tables import EmbeddingTables
 from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
 from dist_rec.schema import RAW_IDS
+from dist_rec.scoring.hashes import mix
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.checkpoint import managed as managed_checkpoint

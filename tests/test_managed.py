@@ -21,7 +21,6 @@ from dist_rec.config import Config
 from dist_rec.config.model import ManagedConfig
 from dist_rec.data.append import append
 from dist_rec.data.build import build
-from dist_rec.data.vocabulary import mix
 from dist_rec.embeddings.ids import (
     COUNT,
     FREE,
@@ -36,6 +35,7 @@ from dist_rec.embeddings.ids import (
 )
 from dist_rec.errors import UserError
 from dist_rec.schema import RAW_IDS, Schema
+from dist_rec.scoring.hashes import mix
 from dist_rec.strict import from_dict
 from dist_rec.training import checkpoint
 from dist_rec.training.prepare import prepare

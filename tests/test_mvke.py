@@ -29,7 +29,8 @@ from dist_rec.config.mvke import PRESETS
 from dist_rec.data.rows import Ragged, Rows
 from dist_rec.errors import UserError
 from dist_rec.layers.reduction import Reduction
-from dist_rec.models.mvke import MVKE, both, two_towers
+from dist_rec.models.mvke import MVKE, two_towers
+from dist_rec.models.objectives import both
 from dist_rec.strict import from_dict, to_dict
 from dist_rec.training.kinds import kind_of
 
@@ -94,6 +95,13 @@ def test_a_preset_fills_what_is_not_said(preset):
         assert getattr(getattr(said, section), key) == (True if (section, key) == ("gate", "scaled") else value)
     assert from_dict(MVKEConfig, to_dict(said), "saved") == said
     assert PRESETS["paper"].keys() == PRESETS["official"].keys()
+
+
+def test_maps_of_attention_start_as_the_preset_says():
+    maps = {preset: Whole(config(preset=preset)).model.experts.key for preset in PRESETS}
+    # Those of nn.Linear are even within 1 / sqrt(6).
+    assert maps["official"].weight.abs().max() < 0.06 and not maps["official"].bias.any()
+    assert maps["paper"].weight.abs().max() > 0.3 and maps["paper"].bias.any()
 
 
 @pytest.mark.parametrize(

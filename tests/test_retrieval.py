@@ -11,9 +11,11 @@ from dist_rec.data.index import read_index
 from dist_rec.data.reader import ShardReader
 from dist_rec.errors import UserError
 from dist_rec.models.towers import TwoTowers
+from dist_rec.retrieval.compact import build_compact, read_compact, write_compact
 from dist_rec.retrieval.entities import item_feature, item_keys, last_rows, user_key
 from dist_rec.retrieval.export import Wishes, _tasks
 from dist_rec.retrieval.index import build_index, exact_top, measure, parse_index
+from dist_rec.retrieval.judge import Seen, judge, read_seen
 from dist_rec.retrieval.manifest import INDEX, ITEMS, USERS
 from dist_rec.retrieval.names import RawIds, key_of, user_feature
 from dist_rec.retrieval.parts import Parts, PartWriter, as_lists, vector_column
@@ -170,6 +172,99 @@ def test_an_approximate_task_is_measured_too(two_tasks):
     assert found.scores["max_score_error"] > 0.1 and found.scores["rank_correlation"]["buy"] == 1
 
 
+def gated(folder, count: int, kernels: int, one_kernel: bool) -> tuple[Parts, np.ndarray]:
+    """Items in compact form and the concatenation that they are of."""
+    tags, draw = clustered(count), np.random.default_rng(5)
+    weights = draw.dirichlet(np.ones(kernels), count).astype(np.float32)
+    if one_kernel:
+        # The last kernel has no item, the first few.
+        kernel = draw.integers(1, kernels - 1, count)
+        kernel[:7] = 0
+        weights = np.eye(kernels, dtype=np.float32)[kernel]
+    writer = PartWriter(folder, 0)
+    writer.write(pa.RecordBatch.from_pydict({"tag:buy": as_lists(tags), "weights:buy": as_lists(weights)}))
+    writer.close()
+    return Parts(folder), (weights[:, :, None] * tags[:, None]).reshape(count, -1)
+
+
+@pytest.mark.parametrize("kind", ["scan", "flat", "ivf", "hnsw", "pq"])
+def test_compact_form_answers_as_the_concatenation_does(kind, tmp_path):
+    kernels, config = 4, parse_index("flat" if kind == "scan" else kind, {})
+    items, whole = gated(tmp_path / "items", COUNT, kernels, one_kernel=kind != "scan")
+    queries = clustered(kernels * 100, seed=1).reshape(100, -1)
+    assert items.width("buy") == kernels * WIDTH
+    np.testing.assert_array_equal(np.concatenate(list(items.vectors("buy"))), whole)
+    index = build_compact(config, items, "buy", kind != "scan")
+    chosen, found = measure(index, config, queries, 50, lambda: items.vectors("buy"), repeats=3)
+    assert found["recall_at_50"] >= (1.0 if kind in ("scan", "flat") else 0.95), found
+    assert set(chosen) == {"ivf": {"probes"}, "hnsw": {"search_width"}}.get(kind, set())
+    write_compact(index, tmp_path / "index.npz")
+    again = read_compact(tmp_path / "index.npz")
+    assert (again.ntotal, again.d) == (COUNT, kernels * WIDTH)
+    for mine, theirs in zip(again.search(queries, 9), index.search(queries, 9), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    if kind in ("scan", "flat"):
+        scores, where = index.search(queries, 20)
+        best, right, _ = exact_top(queries, 20, [whole])
+        np.testing.assert_allclose(scores, best, rtol=1e-5)
+        assert (where == right).mean() > 0.999
+        assert (tmp_path / "index.npz").stat().st_size < (0.3 + 0.1) * whole.nbytes
+    # Fewer items than are asked for.
+    few, _ = gated(tmp_path / "few", 9, kernels, one_kernel=kind != "scan")
+    few = build_compact(config, few, "buy", kind != "scan")
+    scores, where = few.search(queries[:2], 9)
+    assert sorted(where[0].tolist()) == list(range(9)) and (np.diff(scores) <= 0).all()
+
+
+def test_compact_forms_that_cannot_be_are_refused(tmp_path):
+    items, _ = gated(tmp_path / "items", 100, 3, one_kernel=False)
+    with pytest.raises(UserError, match="a softmax gate weighs every kernel of an item"):
+        build_compact(parse_index("hnsw", {}), items, "buy", one_kernel=False)
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="is no compact index"):
+        read_compact(tmp_path / "x.npz")
+
+
+def test_answers_are_judged_as_one_would_by_hand(tmp_path):
+    count, people, k = 60, 40, 5
+    draw = np.random.default_rng(3)
+    vectors = {USERS: clustered(people, seed=4), ITEMS: clustered(count, seed=5)}
+    users, items = (write_parts(tmp_path / n, {"buy": v}, 2, key=n == USERS) for n, v in vectors.items())
+
+    def seen(rows: int) -> Seen:
+        user, item = draw.integers(0, people - 3, rows), draw.integers(0, count, rows)
+        return Seen(user, item, {"buy": draw.random(rows) < 0.5}, strangers=7)
+
+    train, later = seen(300), seen(200)
+    index = build_index(parse_index("flat", {}), WIDTH, count, pieces(vectors[ITEMS]))
+    told = judge(index, parse_index("flat", {}), users, items, "buy", train, later, k)
+    popularity = np.bincount(train.item[train.positive["buy"]], minlength=count)
+    scores = {"exact": vectors[USERS] @ vectors[ITEMS].T, "popularity": np.tile(popularity, (people, 1)).astype(float)}
+    for name, of in scores.items():
+        found = []
+        for user in range(people):
+            had = set(train.item[train.user == user].tolist())
+            right = set(later.item[(later.user == user) & later.positive["buy"]].tolist()) - had
+            best = [i for i in np.argsort(-of[user], kind="stable").tolist() if i not in had][:k]
+            gains = [(i in right) / np.log2(place + 2) for place, i in enumerate(best)]
+            ideal = sum(1 / np.log2(place + 2) for place in range(min(k, len(right))))
+            if right:
+                found.append((len(right & set(best)) / len(right), sum(gains) / ideal))
+        recall, ndcg = np.mean(found, axis=0)
+        assert told[name] == {
+            "recall_at_5": pytest.approx(recall, abs=1e-6),
+            "ndcg_at_5": pytest.approx(ndcg, abs=1e-6),
+        }
+        assert told["users"] == len(found) and 0 < recall < 1
+    assert told["index"] == told["exact"] and told["strangers"] == 7
+    nothing = Seen(later.user, later.item, {"buy": np.zeros(200, bool)}, 0)
+    assert judge(index, parse_index("flat", {}), users, items, "buy", train, nothing, k) == {
+        "users": 0,
+        "positives": 0,
+        "strangers": 0,
+    }
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     root = build_small(tmp_path_factory.mktemp("shop"), block_rows=16)
@@ -194,6 +289,26 @@ def test_an_item_is_its_last_row_and_has_its_raw_name(shop):
     # The invented title of item i12 is "thing number 12", or missing.
     assert {t.replace("thing number ", "i") == n for t, n in zip(titles, names, strict=True) if t} == {True}
     assert any(t is None for t in titles)
+
+
+def test_rows_are_of_the_exports_users_and_items(shop):
+    root, index = shop
+    schema, reader = index.schema, ShardReader(root, index, ["item_id"])
+    items = last_rows(reader, item_keys(schema, "item_id"), Exchange())
+    users = last_rows(reader, lambda rows: rows.keys["user"], Exchange())
+    some = items.key[:10]
+    found = read_seen(reader, schema, "item_id", users.key, some, {"ctr": "ctr", "graded": "relevance", "any": None})
+    everything = [reader.rows(n) for n in range(len(reader.places))]
+    item = np.concatenate([rows.ids["item_id"].first(-1) for rows in everything])
+    user = np.concatenate([rows.keys["user"] for rows in everything])
+    label = {n: np.concatenate([rows.labels[n] for rows in everything]) for n in ("ctr", "relevance")}
+    there = np.isin(item, some) & (user >= 0)
+    assert found.strangers == 314 - there.sum() > 0
+    np.testing.assert_array_equal(some[found.item], item[there])
+    np.testing.assert_array_equal(users.key[found.user], user[there])
+    np.testing.assert_array_equal(found.positive["ctr"], label["ctr"][there] == 1)
+    np.testing.assert_array_equal(found.positive["graded"], label["relevance"][there] >= 1.5)
+    assert found.positive["any"].all() and 0 < found.positive["ctr"].sum() < there.sum()
 
 
 def test_later_rows_stand_for_earlier_ones():

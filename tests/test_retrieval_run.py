@@ -201,3 +201,107 @@ def test_an_experts_model_is_exported_as_an_approximation_only(toy_run, tmp_path
     assert known["items"][0]["score"] == pytest.approx(1, abs=1e-5)
     assert known["items"][0]["title"] == "thing number 3"
     assert -1 <= new["items"][-1]["score"] <= new["items"][0]["score"] <= 1
+
+
+def test_what_has_no_graph_is_no_bundle(sequences, toy_run, tmp_path):
+    for run, why in (
+        (sequences, "its events are packed"),
+        (toy_run, "each domain's rows go through maps of their own"),
+    ):
+        said = refused("export", run, "--bundle", tmp_path / "b")
+        assert "cannot be exported as a bundle" in said and why in said and not (tmp_path / "b").exists()
+    assert "leave --nproc-per-node out" in refused(
+        "export", toy_run, "--bundle", tmp_path / "b", "--nproc-per-node", "2"
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> Path:
+    """An mvke run of two ranks and two tasks; its data below shards/."""
+    folder = tmp_path_factory.mktemp("kernels")
+    data = build_small(folder, {"big": 500, "middle": 400, "tiny": 20}, split="random:4,1,1")
+    tree = {
+        "run": {"root": str(folder / "runs"), "name": "mvke", "seed": 5},
+        "data": {split: f"{data}/{split}" for split in ("train", "valid", "test")}
+        | {"batch_size": 40, "streams": 8, "shuffle_window": 128},
+        "tables": {"dim": 8},
+        "model": {"kind": "mvke", "width": 8, "history": {"kind": "mean"}, "user": {"hidden": [8]}},
+        "dense": {"learning_rate": 0.02},
+        "train": {"epochs": 2, "device": "cpu"},
+    }
+    (folder / "mvke.yaml").write_text(yaml.safe_dump(tree))
+    dist_rec("train", folder / "mvke.yaml", "--nproc-per-node", "2")
+    return folder / "runs" / "mvke"
+
+
+def of_kernels(run: Path, out: Path, *options: str) -> dict:
+    data = run.parent.parent / "shards"
+    return told("export", run, "--items", data / "train", "--users", data / "train", "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def concatenated(kernels, tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("concatenated") / "export"
+    judged = ["--judge", str(kernels.parent.parent / "shards" / "test"), "--k", "5"]
+    return out, of_kernels(kernels, out, "--nproc-per-node", "2", *judged)
+
+
+def test_concatenated_kernels_make_the_score_of_every_task(concatenated):
+    out, found = concatenated
+    assert set(found["tasks"]) == {"ctr", "relevance"} and found["users"]["count"] == 40
+    for about in found["tasks"].values():
+        # Two shared kernels and one of its own.
+        assert about["exact"] and about["width"] == 3 * 8 and about["compact"] is None
+        assert about["scores"]["pairs"] == 1000 and about["scores"]["max_relative_error"] < 1e-6
+        assert about["answers"]["recall_at_5"] == 1.0
+        judged = about["quality"]
+        assert judged["users"] > 5 and judged["positives"] >= judged["users"] and judged["strangers"] > 0
+        assert judged["index"] == judged["exact"] and 0 < judged["popularity"]["recall_at_5"] < 1
+    assert found["tasks"]["ctr"]["quality"] != found["tasks"]["relevance"]["quality"]
+    assert len(profile(out, "u7", 4)["tasks"]["relevance"]["items"]) == 4
+
+
+def answers(out: Path, task: str) -> list[tuple[str, float]]:
+    return [(i["id"], i["score"]) for i in search(out, "u7", None, 6, task)["items"]]
+
+
+def test_compact_form_answers_the_same_and_is_smaller(kernels, concatenated, tmp_path):
+    found = of_kernels(kernels, tmp_path / "compact", "--compact")
+    for task, about in found["tasks"].items():
+        whole = concatenated[1]["tasks"][task]
+        assert about["exact"] and about["scores"]["max_relative_error"] < 1e-6
+        assert about["compact"] == {"kernels": 3, "width": 8, "concatenated_bytes": 30 * 3 * 8 * 4}
+        assert about["bytes"] < whole["bytes"] and about["answers"]["recall_at_50"] == 1.0
+        mine, theirs = answers(tmp_path / "compact", task), answers(concatenated[0], task)
+        assert [name for name, _ in mine] == [name for name, _ in theirs]
+        assert [score for _, score in mine] == pytest.approx([score for _, score in theirs], abs=1e-5)
+    names = pq.ParquetFile(next((tmp_path / "compact" / "items").glob("*.parquet"))).schema_arrow.names
+    assert {"tag:ctr", "weights:ctr"} <= set(names) and "vector:ctr" not in names
+
+
+def test_an_arg_max_gate_has_an_index_for_every_kernel(kernels, tmp_path):
+    gate = ["--model.gate.kind", "argmax"]
+    whole = of_kernels(kernels, tmp_path / "whole", *gate)
+    found = of_kernels(kernels, tmp_path / "compact", "--compact", "--index", "hnsw", *gate)
+    for task, about in found["tasks"].items():
+        assert about["exact"] and about["scores"]["max_relative_error"] < 1e-6
+        assert sum(about["compact"]["items"]) == 30 and whole["tasks"][task]["exact"]
+        for mine, theirs in zip(answers(tmp_path / "compact", task), answers(tmp_path / "whole", task), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], abs=1e-5)
+
+
+def test_compact_form_is_of_virtual_kernels(sequences, kernels, tmp_path):
+    assert "--compact is of virtual kernels" in refused("export", sequences, "--compact", "--out", tmp_path / "x")
+    data = kernels.parent.parent / "shards" / "train"
+    some = ["--items", data, "--out", tmp_path / "x"]
+    assert "a softmax gate weighs every kernel" in refused("export", kernels, "--compact", "--index", "ivf", *some)
+    said = refused("export", kernels, "--judge", data, "--users", "none", *some)
+    assert "--judge compares what users are answered" in said and not (tmp_path / "x").exists()
+
+
+def test_an_invented_run_is_measured(tmp_path):
+    sizes = ["--items", "2000", "--users", "300", "--queries", "50", "--folder", tmp_path]
+    found = told("bench", "export", *sizes, "--nproc-per-node", "1")
+    assert found["invented"] and (found["items"], found["users"], found["ranks"]) == (2000, 300, 1)
+    assert found["max_relative_error"] < 1e-5 and set(found["indexes"]) == {"flat", "ivf", "hnsw", "pq"}
+    assert found["recall_at_50"] >= 0.95 and found["vectors_per_s"] > 0 and not list(tmp_path.iterdir())

@@ -40,7 +40,7 @@ def perceptron(net: nn.Module, group: int, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("combine", ["concat", "sum", "residual_norm"])
 @pytest.mark.parametrize(("activation", "scaled"), [(name, name != "relu") for name in ACTIVATIONS])
 def test_experts_read_what_their_kernel_attends_to(combine, activation, scaled):
-    module = KernelExperts(KERNELS, FIELDS, WIDTH, activation, combine, scaled, [5], 0.0)
+    module = KernelExperts(KERNELS, FIELDS, WIDTH, activation, combine, scaled, None, [5], 0.0)
     if module.norm is not None:
         nn.init.normal_(module.norm.bias)
     kernels, (values, present) = torch.randn(KERNELS, WIDTH), some_fields()
@@ -57,14 +57,15 @@ def test_experts_read_what_their_kernel_attends_to(combine, activation, scaled):
                 wanted[f] = weight
                 parts[f] = weight * act(module.value(values[b, f]))
                 if combine == "residual_norm":
-                    parts[f] = F.layer_norm(values[b, f] + parts[f], (WIDTH,), module.norm.weight, module.norm.bias)
+                    norm = module.norm
+                    parts[f] = F.layer_norm(values[b, f] + parts[f], (WIDTH,), norm.weight, norm.bias, norm.eps)
             torch.testing.assert_close(attention[b, k], wanted)
             read = sum(parts) if combine == "sum" else torch.cat(parts)
             torch.testing.assert_close(experts[b, k], perceptron(module.experts, k, read))
 
 
 def test_a_field_that_is_missing_says_nothing():
-    module = KernelExperts(KERNELS, FIELDS, WIDTH, "tanh", "residual_norm", True, [5], 0.0)
+    module = KernelExperts(KERNELS, FIELDS, WIDTH, "tanh", "residual_norm", True, None, [5], 0.0)
     kernels, fields = torch.randn(KERNELS, WIDTH), some_fields()
     other = Fields(torch.where(fields.present[:, :, None], fields.values, 3.0), fields.present)
     torch.testing.assert_close(module(kernels, other), module(kernels, fields))

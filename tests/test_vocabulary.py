@@ -17,7 +17,6 @@ from conftest import SMALL_SCHEMA, rewrite_block, run_command, small_table, with
 from toy_shards import read, schema, write
 
 from dist_rec.config import Config, TableConfig, load_config
-from dist_rec.data import vocabulary
 from dist_rec.data.append import append
 from dist_rec.data.build import build
 from dist_rec.data.index import read_index
@@ -26,9 +25,11 @@ from dist_rec.data.reader import ShardReader
 from dist_rec.data.rows import Ragged
 from dist_rec.data.stream import Stream
 from dist_rec.data.verify import verify
-from dist_rec.data.vocabulary import IdMap, id_maps, mix, unmix, vocabulary_faults
+from dist_rec.data.vocabulary import IdMap, id_maps, vocabulary_faults
 from dist_rec.errors import UserError
 from dist_rec.schema import RAW_IDS, Schema
+from dist_rec.scoring import hashes
+from dist_rec.scoring.hashes import mix, unmix
 from dist_rec.strict import from_dict
 from dist_rec.training.prepare import prepare
 from dist_rec.training.resume import find_earlier
@@ -52,7 +53,7 @@ def test_mixing_is_undone_and_spreads_any_ids_evenly():
             # Ten thousand in each of seven; 400 is four standard deviations.
             assert len(counts) == 7 and abs(counts - 10_000).max() < 400
     # The one id that would be sent to RAW_IDS, which is no id, and the one that would come from there.
-    edges = vocabulary._mixed(np.array([RAW_IDS], np.uint64), vocabulary._UNTIMES).view(np.int64)
+    edges = hashes._mixed(np.array([RAW_IDS], np.uint64), hashes._UNTIMES).view(np.int64)
     assert mix(edges) < RAW_IDS and (unmix(mix(edges)) == edges).all()
     assert len(mix(np.zeros(0, np.int64))) == 0
 

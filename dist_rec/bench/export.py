@@ -128,7 +128,8 @@ def bench_export(
 
     Returns:
         `vectors_per_s` of items and users together, `max_score_error`, and of the first task's index of this kind
-        `index_seconds`, `queries_per_s`, `recall_at_50`; and `indexes`, those of every kind.
+        `index_seconds`, `queries_per_s`, `recall_at_50`; `quality`, where `options` have --judge; and `indexes`, those
+        of every kind.
 
     Raises:
         UserError: the run cannot be exported, or `kind` is none.
@@ -155,6 +156,7 @@ def bench_export(
         "recall_at_50": chosen["recall_at_50"],
         "max_score_error": task.scores.get("max_score_error"),
         "max_relative_error": task.scores.get("max_relative_error"),
+        "quality": task.quality,
         "index": kind,
         "items": manifest.items.count,
         "users": manifest.users.count if manifest.users else 0,

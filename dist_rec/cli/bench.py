@@ -205,6 +205,7 @@ def bench_export(
     users: Annotated[int, typer.Option(help="Invented users.", min=100)] = 20_000,
     queries: Annotated[int, typer.Option(help="Users that indexes are asked for.", min=1)] = 1000,
     approximate: Annotated[bool, typer.Option("--approximate", help="As of dist-rec export.")] = False,
+    judge: Annotated[str | None, typer.Option(help="As of dist-rec export.")] = None,
     seed: Annotated[int, typer.Option(help="Of the invented sequences.")] = 0,
     folder: Annotated[Path | None, typer.Option(help="Where temporary files go; default the system's place.")] = None,
     nproc_per_node: Annotated[int, typer.Option(help="Ranks of the jobs.")] = 2,
@@ -214,6 +215,7 @@ def bench_export(
     from ..bench.export import bench_export, print_summary
 
     options = ["--approximate"] if approximate else []
+    options += ["--judge", judge] if judge else []
     summary = bench_export(run, options, index, items, users, queries, seed, nproc_per_node, folder)
     print_summary(summary)
     print_json(as_json, summary)

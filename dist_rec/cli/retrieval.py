@@ -23,23 +23,45 @@ def export(
         str | None, typer.Option(help="Data set of the items, each one's last row; default data.catalogue.")
     ] = None,
     users: Annotated[
-        str | None, typer.Option(help="Data set of the users, each one's last row; default data.test; none leaves out.")
+        str | None,
+        typer.Option(
+            help="Data set of the users, each one's last row; default data.test (--judge: data.train); none: nobody."
+        ),
     ] = None,
     index: Annotated[str, typer.Option(help="flat, ivf, hnsw or pq; its sizes are --index.KEY VALUE.")] = "flat",
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Export a model whose scores an index does not give exactly.")
     ] = False,
-    pairs: Annotated[int, typer.Option(help="Pairs whose score is compared with the model's own.", min=1)] = 1000,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Items as one vector and the weights of their kernels, of an mvke model.")
+    ] = False,
+    pairs: Annotated[
+        int, typer.Option(help="Pairs, or a bundle's rows, whose score is compared with the model's own.", min=1)
+    ] = 1000,
     queries: Annotated[int, typer.Option(help="Users that the index is measured with.", min=1)] = 1000,
     k: Annotated[int, typer.Option(help="Answers at which recall is measured.", min=1)] = 50,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Data set of held-out rows: recall and NDCG of users' answers."),
+    ] = None,
     vocabulary: Annotated[
         Path | None, typer.Option(help="Folder of the dictionaries, where they do not lie beside the data.")
     ] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="Write a scoring bundle to this folder instead: raw rows to scores, by torch alone."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of the bundle's tables: int8, fp16 or fp32.")] = "int8",
     nproc_per_node: Ranks = 0,
     as_json: Json = False,
 ) -> None:
     """Vectors of all items and users, and an index of the items (a torchrun job); --section.key value overrides."""
     keys = overrides(context.args)
+    if bundle is not None:
+        if nproc_per_node > 1:
+            raise UserError("a bundle is written by one process: leave --nproc-per-node out.")
+        _bundle(run, keys, bundle, precision, pairs, vocabulary, as_json)
+        return
     of_index = {key.removeprefix(INDEX): keys.pop(key) for key in list(keys) if key.startswith(INDEX)}
     from ..config import load_config
 
@@ -53,10 +75,27 @@ def export(
 
     sizes = parse_index(index, of_index)
     out = out or run / EXPORT
-    found = make(loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary))
+    found = make(
+        loaded, run, Wishes(out, items, users, sizes, approximate, pairs, queries, k, vocabulary, compact, judge)
+    )
     if is_main():
         print_manifest(found, out)
         print_json(as_json, {"export": str(out), **to_dict(found)})
+
+
+def _bundle(
+    run: Path, keys: dict[str, str], out: Path, precision: str, rows: int, vocabulary: Path | None, as_json: bool
+) -> None:
+    if precision not in ("int8", "fp16", "fp32"):
+        raise UserError(f"--precision {precision} is not known: there is int8, fp16, fp32.")
+    from ..config import load_config
+
+    loaded = load_config(run / "config.yaml", keys)
+    from ..retrieval.bundle import BundleWishes, export_bundle, print_bundle
+
+    manifest = export_bundle(loaded, run, BundleWishes(out, precision, rows, vocabulary))
+    print_bundle(manifest, out)
+    print_json(as_json, {"bundle": str(out), **manifest})
 
 
 def search(

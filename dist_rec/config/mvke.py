@@ -13,12 +13,13 @@ from .model import HistoryConfig, Width
 ActivationName = Literal["none", "sigmoid", "tanh", "relu", "gelu"]
 
 # By preset, what the keys say that the paper and its authors' public code disagree about, as far as both are known. The
-# paper's sigma and the start of its kernels are not: tanh and 1 / sqrt(width) are ours.
+# paper's sigma and the start of its kernels and maps are not: tanh, 1 / sqrt(width) and `nn.Linear`'s are ours.
 PRESETS: dict[str, dict[tuple[str, str], Any]] = {
     "paper": {
         ("kernels", "activation"): "tanh",
         ("kernels", "combine"): "concat",
         ("kernels", "init_std"): None,
+        ("kernels", "maps_std"): None,
         ("gate", "project"): True,
         ("gate", "scaled"): True,
         ("item", "shared"): True,
@@ -28,6 +29,7 @@ PRESETS: dict[str, dict[tuple[str, str], Any]] = {
         ("kernels", "activation"): "none",
         ("kernels", "combine"): "residual_norm",
         ("kernels", "init_std"): 0.01,
+        ("kernels", "maps_std"): 0.01,
         ("gate", "project"): False,
         ("gate", "scaled"): False,
         ("item", "shared"): False,
@@ -73,6 +75,8 @@ class KernelsConfig:
       field with its weighted value added, layer-normalised (`residual_norm`).
     * `scaled`: divide attention's scores by the root of the width.
     * `init_std`: kernels start as N(0, init_std); 1 / sqrt(model.width) in the paper's preset.
+    * `maps_std`: attention's maps of query, key and value start as N(0, maps_std), without bias; as `nn.Linear` does in
+      the paper's preset.
     * `crossed`: move the kernels of a row by what its user's and its item's fields have in common.
     """
 
@@ -82,6 +86,7 @@ class KernelsConfig:
     combine: Literal["concat", "sum", "residual_norm"] | None = None
     scaled: bool = True
     init_std: float | None = Field(default=None, gt=0)
+    maps_std: float | None = Field(default=None, gt=0)
     crossed: bool = False
 
 

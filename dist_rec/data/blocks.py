@@ -15,7 +15,6 @@ A block is an Arrow IPC stream with exactly one record batch, uncompressed. Colu
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,15 +22,11 @@ import pyarrow as pa
 
 from ..errors import UserError
 from ..schema import Feature, Schema
+from ..scoring.hashes import text_key
 from .rows import KEY_NAMES, Ragged, Rows, id_dtype
 from .validate import open_batch
 
 TEXT = pa.struct([("key", pa.int64()), ("text", pa.string()), ("tokens", pa.list_(pa.int32()))])
-
-
-def text_key(text: str) -> int:
-    """Signed 64-bit BLAKE2b of the UTF-8 text: the name of a text across blocks and runs."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def arrow_schema(schema: Schema) -> pa.Schema:

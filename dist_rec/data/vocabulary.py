@@ -7,7 +7,7 @@ A table has the rows of its schema's vocabulary unless `tables.overrides` gives 
     managed N  mix(id); managed collision finds it a row        a table cuts ids into one range a rank
 
 `mix` is a bijection of 0 .. RAW_IDS - 1, after which ids that were counted up, or that carry meaning in some of their
-bits, lie evenly over the whole range; `unmix` undoes it.
+bits, lie evenly over the whole range.
 
 A dictionary that extends earlier ones (`Vocabulary.inherited`), and that the config gives none of these, is *divided*:
 rows that an earlier one had are a table of their own, NAME, and what was added by and by NAME@1, NAME@2. A batch then
@@ -24,53 +24,12 @@ import numpy as np
 
 from ..config.model import VOCABULARY_KEYS, TableConfig
 from ..errors import UserError
-from ..schema import RAW_IDS, Schema
+from ..schema import Schema
+from ..scoring.hashes import mix
 from .rows import Ragged
 
 # Between a name and the number of a part; no name of a feature has it.
 PART = "@"
-BITS = 63
-_MASK = np.uint64(2**BITS - 1)
-# Doug Lea's mixer, whose shift of more than half the bits undoes itself, here modulo 2 ** 63.
-_SHIFT = np.uint64(32)
-_FACTOR = 0xDABA0B6EB09322E3
-_TIMES = np.uint64(_FACTOR & (2**BITS - 1))
-_UNTIMES = np.uint64(pow(_FACTOR, -1, 2**BITS))
-
-
-def _mixed(x: np.ndarray, factor: np.uint64) -> np.ndarray:
-    """A bijection of uint64 values below 2 ** 63, in place; that with the inverse factor undoes it."""
-    for _ in range(2):
-        x ^= x >> _SHIFT
-        x *= factor
-        x &= _MASK
-    x ^= x >> _SHIFT
-    return x
-
-
-def _within(ids: np.ndarray, factor: np.uint64) -> np.ndarray:
-    x = _mixed(ids.astype(np.uint64), factor)
-    # 2 ** 63 - 1 is no id. The one id that is sent there goes on, as in a permutation's cycle, to where that is sent.
-    while (out := x == RAW_IDS).any():
-        x[out] = _mixed(x[out], factor)
-    return x.view(np.int64)
-
-
-def mix(ids: np.ndarray) -> np.ndarray:
-    """Spread ids evenly over 0 .. RAW_IDS - 1, each to a number of its own, the same in every run.
-
-    Args:
-        ids: int32 or int64 `[n]`, 0 <= id < RAW_IDS = 2 ** 63 - 1.
-
-    Returns:
-        int64 `[n]` in the same range; `unmix` of it is `ids`.
-    """
-    return _within(ids, _TIMES)
-
-
-def unmix(mixed: np.ndarray) -> np.ndarray:
-    """The ids that `mix` sent to `mixed`, int64 `[n]`."""
-    return _within(mixed, _UNTIMES)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class ExpertLevel(nn.Module):
         M is the number of tasks on the last level, of groups before it; arguments as `forward`.
         """
         gates = self.gate(own, sizes)
-        return torch.softmax(gates.view(len(own), self.mixtures, self.num_specific + self.num_shared), 2)
+        return torch.softmax(gates.view(own.shape[0], self.mixtures, self.num_specific + self.num_shared), 2)
 
     def shared_weights(self, common: Tensor, sizes: Tensor) -> Tensor:
         """What the shared gate, which the last level lacks, gives the G * P specific and the E shared experts of a

@@ -67,7 +67,7 @@ def row_texts(texts: Tensor, index: Tensor, length: Tensor) -> Tensor:
     Returns:
         `[B, H]`.
     """
-    missing = length.new_full(length.shape, len(texts))
+    missing = length.new_full(length.shape, texts.shape[0])
     return event_texts(texts, missing.masked_scatter(length > 0, index))
 
 
@@ -83,4 +83,4 @@ def event_texts(texts: Tensor, index: Tensor) -> Tensor:
     Returns:
         `[n, H]`.
     """
-    return F.embedding(index, torch.cat([texts, texts.new_zeros(1, texts.shape[1])]), padding_idx=len(texts))
+    return F.embedding(index, torch.cat([texts, texts.new_zeros(1, texts.shape[1])]), padding_idx=texts.shape[0])

@@ -79,7 +79,9 @@ class EventFields(nn.Module):
         parts = [project(v) for project, v in zip(self.projections, events.values, strict=False)]
         parts += events.values[len(self.projections) :]
         x = torch.stack(parts).sum(0) + F.embedding(events.age, self.positions)
-        rows, longest = len(events.length), int(events.length.max()) if len(events.length) else 0
+        rows, longest = events.length.shape[0], self.max_length
+        if not torch.compiler.is_exporting():
+            longest = int(events.length.max()) if rows else 0
         padded = place(x, events.row * longest + events.age, rows * longest).view(rows, longest, x.shape[1])
         ages = torch.arange(longest, device=padded.device)
         return Fields(padded, ages < events.length[:, None])
@@ -181,7 +183,7 @@ class FieldEncoder(nn.Module):
 
     def _stacked(self, values: list[Tensor], present: list[Tensor], batch: Batch, dtype: torch.dtype) -> Fields:
         if not values:
-            nothing = torch.zeros(len(batch), 0, self.width, dtype=dtype, device=batch.domain.device)
+            nothing = torch.zeros(*batch.domain.shape, 0, self.width, dtype=dtype, device=batch.domain.device)
             return Fields(nothing, nothing[:, :, 0] > 0)
         there = torch.stack(present, 1)
         # What is missing is zero, not the bias of a map or what an empty history begins as.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import ItemTowerConfig, KernelsConfig
 from .fields import Fields
-from .per_domain import PerDomainMLP
+from .per_domain import PerDomainMLP, all_rows
 from .virtual_kernels import KernelExperts
 
 
@@ -39,7 +39,7 @@ class ItemTower(nn.Module):
             count = vectors * self.num_experts
             self.kernels = nn.Embedding(count, width)
             nn.init.normal_(self.kernels.weight, std=kernels.init_std)
-            attention = (kernels.activation, kernels.combine, kernels.scaled)
+            attention = (kernels.activation, kernels.combine, kernels.scaled, kernels.maps_std)
             self.tower = KernelExperts(count, fields, width, *attention, config.hidden, config.dropout)
 
     def forward(self, fields: Fields) -> tuple[Tensor, Tensor]:
@@ -48,13 +48,13 @@ class ItemTower(nn.Module):
         Returns:
             `(E, W_VK)`: `[B, V, J, d]` and `[V, J, d]`; `[V, 0, d]` without kernels.
         """
-        rows = len(fields.values)
+        rows = fields.values.shape[0]
         if isinstance(self.tower, KernelExperts):
             numbers = torch.arange(self.vectors * self.num_experts, device=fields.values.device)
             kernels = self.kernels(numbers)
             experts, _ = self.tower(kernels, fields)
             kernels = kernels.view(self.vectors, self.num_experts, self.width)
         else:
-            experts = self.tower(fields.values.flatten(1)[:, None], torch.tensor([rows]))
+            experts = self.tower(fields.values.flatten(1)[:, None], all_rows(fields.values))
             kernels = fields.values.new_zeros(self.vectors, 0, self.width)
         return experts.view(rows, self.vectors, self.num_experts, self.width), kernels

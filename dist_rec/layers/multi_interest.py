@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .fields import Fields
-from .per_domain import PerDomainMLP
+from .per_domain import PerDomainMLP, all_rows
 
 
 class MultiInterest(nn.Module):
@@ -44,10 +44,10 @@ class MultiInterest(nn.Module):
         scores = self.outer(torch.tanh(self.inner(values))).transpose(1, 2)
         scores = scores.masked_fill(~present[:, None], torch.finfo(scores.dtype).min)
         interests = torch.bmm(torch.softmax(scores, 2) * present[:, None], values)
-        rows = len(values) * self.interests
+        rows = values.shape[0]
         about = profile.values.flatten(1)[:, None].expand(-1, self.interests, -1)
-        x = torch.cat([interests, about], 2).view(rows, 1, -1)
-        return self.combine(x, torch.tensor([rows])).view(len(values), self.interests, -1)
+        x = torch.cat([interests, about], 2).view(rows * self.interests, 1, -1)
+        return self.combine(x, all_rows(x)).view(rows, self.interests, -1)
 
 
 def label_aware_weights(interests: Tensor, item: Tensor, sharpness: float) -> Tensor:

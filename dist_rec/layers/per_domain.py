@@ -32,6 +32,11 @@ def sort_by_domain(domain: Tensor, num_domains: int) -> tuple[Tensor, Tensor]:
     return order, sizes.cpu()
 
 
+def all_rows(x: Tensor) -> Tensor:
+    """All rows of `x`, as the sizes of a single domain."""
+    return torch.full((1,), x.shape[0])
+
+
 class _SlicedLinear(torch.autograd.Function):
     """`y[b, s] = x[b, s] @ weight[k(b), s] + bias[k(b), s]`, written into place slice by slice.
 
@@ -83,6 +88,9 @@ def per_domain_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Tensor) ->
     Raises:
         ValueError: the sizes do not add up to B, or there are not K of them.
     """
+    if torch.compiler.is_exporting() and len(weight) == 1:
+        # Of one domain nothing depends on what `sizes` holds, which a graph cannot know.
+        return torch.einsum("bsi,sio->bso", x, weight[0]).contiguous() + bias[0]
     counts = sizes.tolist()
     if sum(counts) != x.shape[0] or len(counts) != weight.shape[0]:
         what = f"{len(counts)} domains of {sum(counts)} rows"

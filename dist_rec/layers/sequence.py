@@ -44,8 +44,16 @@ def align_events(values: Sequence[Tensor], lengths: Sequence[Tensor], max_length
         values: `[N_f, dim_f]` of each feature, rows concatenated, oldest event first.
         lengths: int64 `[B]` of each feature, adding up to N_f.
         max_length: events of a row to keep.
+
+    A graph that is exported has shapes that follow from B alone: there every row has `max_length` events, the newest
+    first, of which those beyond `length` hold anything.
     """
     length = lengths[0] if len(lengths) == 1 else torch.stack(list(lengths)).amax(0)
+    if torch.compiler.is_exporting():
+        length = length.clamp_max(max_length)
+        row = torch.arange(length.shape[0], device=length.device).repeat_interleave(max_length)
+        age = torch.arange(max_length, device=length.device).repeat(length.shape[0])
+        return Events([_newest(v, n, row, age) for v, n in zip(values, lengths, strict=True)], length, row, age)
     longest = int(length.max()) if len(length) else 0
     as_is = len(lengths) == 1 and longest <= max_length
     if not as_is:
@@ -59,7 +67,7 @@ def align_events(values: Sequence[Tensor], lengths: Sequence[Tensor], max_length
 
 def _newest(values: Tensor, length: Tensor, row: Tensor, age: Tensor) -> Tensor:
     source = length.cumsum(0)[row] - 1 - age
-    source = torch.where(age < length[row], source, len(values))
+    source = torch.where(age < length[row], source, values.shape[0])
     return take(torch.cat([values, values.new_zeros(1, values.shape[1])]), source)
 
 
@@ -78,6 +86,9 @@ def pad_in_buckets(events: Events, num_buckets: int = 4) -> tuple[Tensor, list[T
         another; and for each bucket bool `[b, L]`, the slots that may be attended to.
     """
     length, device = events.length, events.length.device
+    if torch.compiler.is_exporting():
+        most = events.age.shape[0] // length.shape[0]
+        return events.row * most + events.age, [torch.arange(most, device=device) < length.clamp_min(1)[:, None]]
     rows = len(length)
     size = max(-(-rows // num_buckets), 1)
     lengths, order = length.sort(stable=True)
@@ -208,7 +219,12 @@ class HistoryEncoder(nn.Module):
 
     def _pool(self, x: Tensor, events: Events) -> Tensor:
         ends, some = events.length.cumsum(0), (events.length > 0)[:, None]
-        if self.pooling == "last":
+        if torch.compiler.is_exporting():
+            x = x.view(some.shape[0], self.max_length, x.shape[1])
+            kept = (events.age < events.length[events.row]).view(some.shape[0], self.max_length, 1)
+            sums = torch.where(kept, x, x.new_zeros(())).sum(1)
+            pooled = x[:, 0] if self.pooling == "last" else sums / events.length.clamp_min(1)[:, None]
+        elif self.pooling == "last":
             # Rows without events read the extra row, whose gradient nobody asks for.
             source = torch.where(some[:, 0], ends - 1, len(x))
             pooled = take(torch.cat([x, x.new_zeros(1, x.shape[1])]), source)

@@ -11,13 +11,12 @@ Experts and gates read all fields side by side, zeros where a row lacks one. The
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..config import BodyConfig, UserTowerConfig
 from .experts import ExpertLevel, SharedBottom
 from .fields import Fields
-from .per_domain import PerDomainMLP
+from .per_domain import PerDomainMLP, all_rows
 
 
 class TaskTowers(nn.Module):
@@ -60,7 +59,7 @@ class TaskTowers(nn.Module):
 
     def forward(self, fields: Fields) -> Tensor:
         """`[B, T, d]`."""
-        common, sizes = fields.values.flatten(1)[:, None], torch.tensor([len(fields.values)])
+        common, sizes = fields.values.flatten(1)[:, None], all_rows(fields.values)
         if self.single is not None:
             return self.single(common, sizes)
         own = common.expand(-1, self.groups, -1)

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .fields import Fields
-from .per_domain import PerDomainMLP
+from .per_domain import PerDomainMLP, all_rows
 
 ACTIVATIONS = {"none": nn.Identity, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+# TensorFlow's: fields that start as N(0, 0.01) are not small beside it.
+NORM_EPS = 1e-12
 Combine = Literal["concat", "sum", "residual_norm"]
 
 
@@ -37,6 +39,7 @@ class KernelExperts(nn.Module):
         activation: of query, key and value.
         combine: what experts read.
         scaled: divide scores by sqrt(d).
+        maps_std: the maps of query, key and value start as N(0, maps_std); None as `nn.Linear` does.
         hidden: widths of the experts' hidden layers.
         dropout: after each of those.
     """
@@ -49,6 +52,7 @@ class KernelExperts(nn.Module):
         activation: str,
         combine: Combine,
         scaled: bool,
+        maps_std: float | None,
         hidden: Sequence[int],
         dropout: float,
     ) -> None:
@@ -56,7 +60,11 @@ class KernelExperts(nn.Module):
         self.combine, self.scale = combine, width**-0.5 if scaled else 1.0
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
         self.activation = ACTIVATIONS[activation]()
-        self.norm = nn.LayerNorm(width) if combine == "residual_norm" else None
+        if maps_std is not None:
+            for linear in (self.query, self.key, self.value):
+                nn.init.normal_(linear.weight, std=maps_std)
+                nn.init.zeros_(linear.bias)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if combine == "residual_norm" else None
         inputs = width if combine == "sum" else fields * width
         self.experts = PerDomainMLP(1, inputs, [*hidden, width], groups=kernels, activate_last=False, dropout=dropout)
 
@@ -86,7 +94,7 @@ class KernelExperts(nn.Module):
             if self.norm is not None:
                 mixed = self.norm(values[:, None] + mixed) * present[:, None, :, None]
             mixed = mixed.flatten(2)
-        return self.experts(mixed, _one_group(mixed)), weights
+        return self.experts(mixed, all_rows(mixed)), weights
 
 
 class KernelGate(nn.Module):
@@ -149,9 +157,4 @@ class CrossedKernels(nn.Module):
 
     def forward(self, kernels: Tensor, user: Tensor, item: Tensor) -> Tensor:
         """`kernels` `[K, d]`, `user` and `item` `[B, d]` -> `[B, K, d]`."""
-        return kernels + self.move(user * item).view(len(user), self.kernels, kernels.shape[1])
-
-
-def _one_group(x: Tensor) -> Tensor:
-    """All rows, as sizes of `per_domain`."""
-    return torch.tensor([len(x)])
+        return kernels + self.move(user * item).view(user.shape[0], self.kernels, kernels.shape[1])

@@ -21,14 +21,14 @@ over ranks goes through the `Reduction` it is given. Every submodule is called i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import MVKEConfig, ObjectiveConfig, check_names
+from ..config import MVKEConfig
 from ..data.batch import Batch
 from ..errors import UserError
 from ..layers.contrastive import unit
@@ -40,6 +40,7 @@ from ..layers.task_towers import TaskTowers
 from ..layers.virtual_kernels import CrossedKernels, KernelExperts, KernelGate
 from ..schema import Feature, Schema
 from .foundation import EMBEDDING_L2, TOTAL, history_groups
+from .objectives import both, targets_of, tasks_of
 from .towers import Side, TwoTowers
 
 
@@ -109,7 +110,7 @@ class MVKE(nn.Module):
             count = max(stop for _, stop in self.owned) if self.owned else kernels.shared
             self.kernels = nn.Embedding(count, width)
             nn.init.normal_(self.kernels.weight, std=kernels.init_std)
-            attention = (kernels.activation, kernels.combine, kernels.scaled)
+            attention = (kernels.activation, kernels.combine, kernels.scaled, kernels.maps_std)
             self.experts = KernelExperts(count, num_fields, width, *attention, user.hidden, user.dropout)
             self.gate = KernelGate(width, gate.project, kernels.activation, gate.scaled, gate.kind)
             if kernels.crossed:
@@ -267,7 +268,7 @@ class MVKE(nn.Module):
                 weights = self.gate(tag, self._of_task(number, kernels))
             else:
                 count = self.config.user.interests if self.config.user.kind == "multi_interest" else 1
-                weights = tag.new_full((len(tag), count), 1 / count)
+                weights = tag.new_full((tag.shape[0], count), 1 / count)
             if self.config.item.kind == "vke_vkg":
                 tag = self.item_gate.value(experts[:, one]).mean(1)
             tag = full_precision(tag)
@@ -292,56 +293,10 @@ class MVKE(nn.Module):
         return loss, {**dict(zip(names, means.unbind(0), strict=True)), TOTAL: total}
 
 
-def both(first: Tensor, second: Tensor) -> Tensor:
-    """The logit of sigma(first) * sigma(second): -log(e^-a + e^-b + e^-(a + b)), `[B]`."""
-    return -torch.logsumexp(torch.stack([-first, -second, -first - second]), 0)
-
-
-def tasks_of(schema: Schema, config: MVKEConfig) -> dict[str, ObjectiveConfig]:
-    """The tasks of a config, by name; without any, one for each label.
-
-    Raises:
-        UserError: a task names no label, or is called like an entry of the returned losses.
-    """
-    tasks = config.tasks or {label: ObjectiveConfig(label=label) for label in schema.labels}
-    faults = [f"model.tasks: no task may be called {name!r}" for name in (EMBEDDING_L2, TOTAL) if name in tasks]
-    for task, spec in tasks.items():
-        faults += check_names(list(schema.labels), [spec.label], f"model.tasks.{task}.label")
-    if faults:
-        raise UserError("\n".join(faults))
-    return tasks
-
-
-def targets_of(
-    tasks: Mapping[str, ObjectiveConfig], maxima: Mapping[str, float], batch: Batch
-) -> tuple[Tensor, Tensor]:
-    """What the tasks' probabilities are of: label / maximum, times that of the task that one presupposes.
-
-    Args:
-        tasks: of `tasks_of`.
-        maxima: by task, of its label.
-
-    Returns:
-        `[B, T]`, and bool `[B, T]`, which of them are known. Where what a task presupposes did not happen it is known
-        to be 0, whether its own label is or not.
-    """
-    own = {task: batch.labels[spec.label] / maxima[task] for task, spec in tasks.items()}
-    known = {task: batch.label_valid[spec.label] for task, spec in tasks.items()}
-    targets, valid = [], []
-    for task, spec in tasks.items():
-        if spec.given is None:
-            targets.append(own[task])
-            valid.append(known[task])
-        else:
-            first = own[spec.given]
-            targets.append(first * own[task])
-            valid.append(known[spec.given] & (known[task] | (first == 0)))
-    return torch.stack(targets, 1), torch.stack(valid, 1)
-
-
 def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> TwoTowers:
     """What an index can serve of a model of these `features`."""
     tasks, why = tasks_of(schema, config), {}
+    virtual = config.user.kind == "mvke"
     for task, spec in tasks.items():
         counts = {"mvke": config.kernels.shared + config.own_kernels(task), "multi_interest": config.user.interests}
         several = counts.get(config.user.kind, 1) > 1
@@ -370,6 +325,8 @@ def two_towers(schema: Schema, config: MVKEConfig, features: Sequence[str]) -> T
         why=why,
         scale=dict.fromkeys(tasks, config.score.scale),
         bias=dict.fromkeys(tasks, 0.0),
+        kernels={task: config.kernels.shared + config.own_kernels(task) for task in tasks} if virtual else {},
+        one_kernel=virtual and config.gate.kind == "argmax",
     )
 
 

@@ -9,7 +9,7 @@ item,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Side = Literal["user", "item"]
@@ -25,6 +25,9 @@ class TwoTowers:
         exact: by task, whether the model's own score is scale * <u, i> + bias.
         why: by task where it is not, why, in a sentence.
         scale, bias: by task.
+        kernels: by task, K: of how many vectors the user's is, which an item weighs. Side `item` then has `tags`
+            `[B, d]` and `weights` `[B, K]` too, whose products are its vector; empty where there is no such thing.
+        one_kernel: whether an item weighs one of them 1 and the others 0.
     """
 
     tasks: tuple[str, ...]
@@ -34,3 +37,5 @@ class TwoTowers:
     why: dict[str, str]
     scale: dict[str, float]
     bias: dict[str, float]
+    kernels: dict[str, int] = field(default_factory=dict)
+    one_kernel: bool = False

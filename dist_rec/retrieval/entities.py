@@ -27,11 +27,13 @@ class Entities:
 
     Attributes:
         row: int64 `[n]`, ascending.
+        key: int64 `[n]`, of each.
         rows: of the data set.
         nameless: rows that are of nobody.
     """
 
     row: np.ndarray
+    key: np.ndarray
     rows: int
     nameless: int
 
@@ -106,8 +108,9 @@ def last_rows(reader: ShardReader, keys: Callable[[Rows], np.ndarray], exchange:
     padded = np.full((3, most), -1, np.int64)
     padded[:, : found.shape[1]] = found
     everyone = np.concatenate(list(exchange.gather(padded)), axis=1)
-    row = np.sort(_last(everyone[:, everyone[0] >= 0])[2])
-    return Entities(row, reader.index.rows, int(exchange.sum(np.array([nameless]))[0]))
+    key, _, row = _last(everyone[:, everyone[0] >= 0])
+    order = np.argsort(row)
+    return Entities(row[order], key[order], reader.index.rows, int(exchange.sum(np.array([nameless]))[0]))
 
 
 def _last(found: np.ndarray) -> np.ndarray:

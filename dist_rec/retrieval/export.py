@@ -9,11 +9,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch.distributed as dist
 from scipy.stats import spearmanr
@@ -26,7 +27,9 @@ from ..training import checkpoint
 from ..training.evaluate import trained
 from ..training.passes import fingerprint
 from ..training.process import world_size
+from .compact import SUFFIX, Gated, SubIndexes, build_compact, write_compact
 from .index import IndexConfig, build_index, measure, write_index
+from .judge import Seen, judge, read_seen
 from .manifest import (
     CONFIG_NAME,
     FORMAT,
@@ -42,7 +45,8 @@ from .manifest import (
     sizes_of,
 )
 from .parts import Parts
-from .vectors import Members, VectorJob, items_of, users_of
+from .rows import DataSet
+from .vectors import Members, VectorJob, items_of, open_data, users_of
 
 # Of scores that are called exact, over scale * |u| * |i|.
 TOLERANCE = 1e-5
@@ -60,9 +64,11 @@ class Wishes:
         items: data set of the items; None is data.catalogue.
         users: of the users; None is the test rows, or else the valid or train rows; NOBODY leaves them out.
         index: of the items.
+        compact: store items as E_T and the weights of their kernels.
         approximate: take tasks whose vectors do not make the model's score.
         pairs: of user and item, whose score is compared with the model's own.
         queries: users that the index is measured with, and `k`, at how many answers.
+        judge: data set of held-out rows; users are then those of the training rows, if none are named.
         vocabulary: folder of the dictionaries, where they do not lie beside the data.
     """
 
@@ -75,6 +81,8 @@ class Wishes:
     queries: int = 1000
     k: int = 50
     vocabulary: Path | None = None
+    compact: bool = False
+    judge: str | None = None
 
 
 def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
@@ -89,13 +97,16 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     items_root = wishes.items or config.data.catalogue
     if items_root is None:
         raise UserError("the config names no data.catalogue: name a data set with the items in --items.")
-    users_root = wishes.users or config.data.test or config.data.valid or config.data.train
+    usual = config.data.train if wishes.judge else config.data.test or config.data.valid or config.data.train
+    users_root = wishes.users or usual
     partial = wishes.out.with_name(f".{wishes.out.name}.partial")
     _check_place(wishes.out)
     with trained(config, run, "train") as loaded:
         prepared = loaded.prepared
         towers = prepared.kind.towers(prepared.schema, config, prepared.features)
         _refuse_inexact(towers, wishes.approximate)
+        if wishes.compact and not towers.kernels:
+            raise UserError("--compact is of virtual kernels, which an item weighs: this model has none. Leave it out.")
         item, items = items_of(items_root, prepared, towers, wishes.vocabulary)
         users = None
         if users_root != NOBODY:
@@ -104,7 +115,10 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        job = VectorJob(loaded, towers, item)
+        job = VectorJob(loaded, towers, item, wishes.compact)
+        if wishes.judge is not None and (users is None or users.key != "user"):
+            raise UserError("--judge compares what users are answered with what they had: the export has no users.")
+        judged = None if wishes.judge is None else open_data(wishes.judge, prepared, "--judge")
         told = {ITEMS: _told(items, items_root, job.write(items, partial / ITEMS))}
         own, pairs = None, None
         if users is not None:
@@ -118,7 +132,16 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     if rank:
         return None
     try:
-        tasks = _tasks(partial, towers, wishes, pairs, own)
+        held = None
+        if judged is not None:
+            train = DataSet(config.data.train, prepared.indexes["train"])
+            labels = prepared.kind.heads(prepared.schema, config)
+            of_tasks = {task: labels.get(task) for task in towers.tasks}
+            held = [
+                read_seen(d.reader(prepared, [item]), d.index.schema, item, users.found.key, items.found.key, of_tasks)
+                for d in (train, judged)
+            ]
+        tasks = _tasks(partial, towers, wishes, pairs, own, held)
     except UserError:
         shutil.rmtree(partial)
         raise
@@ -134,6 +157,7 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
         ranks=ranks,
         items=told[ITEMS],
         users=told.get(USERS),
+        judged=wishes.judge,
         index=wishes.index,
         tasks=tasks,
     )
@@ -176,7 +200,12 @@ def _told(members: Members, root: str, seconds: float) -> Told:
 
 
 def _tasks(
-    folder: Path, towers: TwoTowers, wishes: Wishes, pairs: np.ndarray | None, own: dict[str, np.ndarray] | None
+    folder: Path,
+    towers: TwoTowers,
+    wishes: Wishes,
+    pairs: np.ndarray | None,
+    own: dict[str, np.ndarray] | None,
+    held: Sequence[Seen] | None = None,
 ) -> dict[str, Task]:
     items = Parts(folder / ITEMS)
     users = Parts(folder / USERS) if pairs is not None else None
@@ -191,13 +220,16 @@ def _tasks(
             return items.vectors(task)
 
         started = time.monotonic()
-        index = build_index(wishes.index, width, len(items), vectors)
+        if wishes.compact:
+            index = build_compact(wishes.index, items, task, towers.one_kernel)
+        else:
+            index = build_index(wishes.index, width, len(items), vectors)
         seconds = time.monotonic() - started
         asked = users or items
         some = np.linspace(0, len(asked) - 1, min(wishes.queries, len(asked))).astype(np.int64)
         chosen, answers = measure(index, wishes.index, asked.vectors_at(some, task), wishes.k, vectors)
-        path = folder / INDEX / f"{number}.faiss"
-        write_index(index, path)
+        path = folder / INDEX / f"{number}{SUFFIX if wishes.compact else '.faiss'}"
+        (write_compact if wishes.compact else write_index)(index, path)
         found[task] = Task(
             exact=towers.exact[task] and not _is_off(scores[task]),
             why=_why(towers, task, scores[task]),
@@ -205,14 +237,28 @@ def _tasks(
             bias=towers.bias[task],
             width=width,
             scores=scores[task],
-            index=wishes.index.resolved(len(items), width) | chosen,
+            index=_sizes(index, wishes.index, len(items), width) | chosen,
             file=f"{INDEX}/{path.name}",
             bytes=path.stat().st_size,
             sha256=sha256_of(path),
             seconds=round(seconds, 3),
             answers={"queries_of": USERS if users else ITEMS, **answers},
+            quality=judge(index, wishes.index, users, items, task, *held, wishes.k) if held else None,
+            compact=_compact(index, towers.kernels[task]) if wishes.compact else None,
         )
     return found
+
+
+def _sizes(
+    index: faiss.Index | Gated | SubIndexes, config: IndexConfig, count: int, width: int
+) -> dict[str, int | str]:
+    # Those of sub-indexes follow from the number of each one's items.
+    return {"kind": config.kind} if isinstance(index, Gated | SubIndexes) else config.resolved(count, width)
+
+
+def _compact(index: Gated | SubIndexes, kernels: int) -> dict[str, Any]:
+    found = {"kernels": kernels, "width": index.d // kernels, "concatenated_bytes": index.ntotal * index.d * 4}
+    return found | ({"items": [len(p) for p in index.positions]} if isinstance(index, SubIndexes) else {})
 
 
 def _scores(

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import faiss
 import numpy as np
@@ -23,6 +23,9 @@ from pydantic import Field
 
 from ..errors import UserError
 from ..strict import from_dict, strict
+
+if TYPE_CHECKING:
+    from .compact import Gated, SubIndexes
 
 # Vectors that a clustering needs of each of its centroids: what FAISS asks for.
 PER_CENTROID = 39
@@ -127,7 +130,11 @@ def _every(pieces: Iterable[np.ndarray], stride: int) -> np.ndarray:
 
 
 def exact_top(
-    queries: np.ndarray, k: int, vectors: Iterable[np.ndarray], answers: np.ndarray | None = None
+    queries: np.ndarray,
+    k: int,
+    vectors: Iterable[np.ndarray],
+    answers: np.ndarray | None = None,
+    product: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda queries, part: queries @ part.T,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """The k largest inner products of every query, in one pass over the vectors.
 
@@ -136,6 +143,7 @@ def exact_top(
         k: not more than there are vectors.
         vectors: float32 `[n, D]` pieces, in order.
         answers: int64 `[Q, m]` positions whose scores are wanted too, -1 for none.
+        product: what makes scores `[Q, n]` of queries and a piece.
 
     Returns:
         Scores float32 and positions int64 `[Q, k]`, best first; and the scores of `answers`, -inf of none.
@@ -147,7 +155,7 @@ def exact_top(
     for piece in vectors:
         for start in range(0, len(piece), most):
             part = piece[start : start + most]
-            scores = queries @ part.T
+            scores = product(queries, part)
             if answers is not None:
                 row, column = np.nonzero((answers >= first) & (answers < first + len(part)))
                 of_answers[row, column] = scores[row, answers[row, column] - first]
@@ -161,7 +169,7 @@ def exact_top(
 
 
 def measure(
-    index: faiss.Index,
+    index: faiss.Index | Gated | SubIndexes,
     config: IndexConfig,
     queries: np.ndarray,
     k: int,
@@ -216,20 +224,27 @@ def _least(best: np.ndarray) -> np.ndarray:
     return best[:, -1:] - ROUNDING * np.abs(best).max(initial=0.0)
 
 
-def _widen(index: faiss.Index, config: IndexConfig, queries: np.ndarray, k: int, least: np.ndarray) -> dict[str, int]:
+def _widen(
+    index: faiss.Index | SubIndexes, config: IndexConfig, queries: np.ndarray, k: int, least: np.ndarray
+) -> dict[str, int]:
     """Search wider and wider until recall@k is what is wanted; ivf and hnsw answer with exact scores."""
-    of_lists = config.kind == "ivf"
-    wide, most = (index.nprobe, index.nlist) if of_lists else (index.hnsw.efSearch, index.ntotal)
+    of_lists, kind = config.kind == "ivf", faiss.IndexIVF if config.kind == "ivf" else faiss.IndexHNSW
+    every = [one for one in getattr(index, "indexes", [index]) if isinstance(one, kind)]
+    if not every:
+        return {}
+    widths = [(one.nprobe, one.nlist) if of_lists else (one.hnsw.efSearch, one.ntotal) for one in every]
+    wide, most = (max(sizes) for sizes in zip(*widths, strict=True))
     given = config.probes if of_lists else config.search_width
     while not given and wide < most:
         scores, _ = index.search(queries, k)
         if (scores >= least).mean() >= config.recall:
             break
         wide = min(2 * wide, most)
-        if of_lists:
-            index.nprobe = wide
-        else:
-            index.hnsw.efSearch = wide
+        for one, (_, all_of_it) in zip(every, widths, strict=True):
+            if of_lists:
+                one.nprobe = min(wide, all_of_it)
+            else:
+                one.hnsw.efSearch = wide
     return {"probes" if of_lists else "search_width": wide}
 
 

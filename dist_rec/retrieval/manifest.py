@@ -4,7 +4,8 @@ EXPORT/  manifest.json
          config.yaml              of the run, as it was exported
          items/part-*.parquet     id, title, domain, row, vector:<task>: what position a number of the index means
          users/part-*.parquet     id, key, domain, row, vector:<task>
-         index/<number>.faiss     of each task
+         index/<number>.faiss     of each task; of compact form index/<number>.npz, and items/ with tag:<task> and
+                                  weights:<task> in the place of vectors
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ class Task:
             `rank_correlation`, Spearman's, with each of the model's logits.
         index: its kind and sizes.
         file, bytes, sha256, seconds: of the index, and what building it took.
+        compact: None, where items are stored as vectors. Else `kernels` K, `width` d of E_T, `concatenated_bytes` that
+            the vectors alone would take, and, of an arg-max gate, `items`, how many each kernel's index has.
+        quality: what `judge.judge` found against held-out rows; None where there were none.
         answers: what it was measured at (`index.measure`), with `queries_of`: users, or items where there are none.
     """
 
@@ -79,6 +83,8 @@ class Task:
     sha256: str
     seconds: float
     answers: dict[str, Any]
+    compact: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
 
 
 @strict
@@ -89,6 +95,7 @@ class Manifest:
         run: folder of the run.
         checkpoint, step: which of its checkpoints, by the checksum of its checkpoint.json.
         model: kind.
+        judged: the data set of held-out rows that quality was judged by.
         approximate: whether inexact tasks were asked for.
         item: the feature that tells items apart.
     """
@@ -105,6 +112,7 @@ class Manifest:
     index: IndexConfig
     tasks: dict[str, Task]
     users: Told | None = None
+    judged: str | None = None
     files: dict[str, int] = field(default_factory=dict)
 
 
@@ -161,9 +169,20 @@ def print_manifest(manifest: Manifest, folder: Path) -> None:
         related = task.scores.get("rank_correlation", {})
         told = "".join(f", rank correlation with {head} {value}" for head, value in related.items())
         print(f"  {name}: {exact}{measured}{told}")
+        form = "compact " if task.compact else ""
         recall = ", ".join(f"{key} {value:.4f}" for key, value in task.answers.items() if key.startswith("recall_at"))
         print(
-            f"    {task.index['kind']} index {sizes}: width {task.width}, {task.bytes:,} bytes, built in "
+            f"    {form}{task.index['kind']} index {sizes}: width {task.width}, {task.bytes:,} bytes, built in "
             f"{task.seconds:.1f} s; {recall}, {task.answers['query_ms']:.2f} ms a query, "
             f"{task.answers['queries_per_s']:,.0f} queries/s"
         )
+        for by in ("index", "exact", "popularity") if task.quality else ():
+            if by in task.quality:
+                figures = ", ".join(f"{key} {value:.4f}" for key, value in task.quality[by].items())
+                print(f"    {by}: {figures}, of {task.quality['users']:,} users' held-out items")
+        if task.compact:
+            told = task.compact
+            print(f"    {told['kernels']} weights and a vector of {told['width']} an item: ", end="")
+            print(
+                f"{task.bytes / told['concatenated_bytes']:.2f} of the concatenation's {told['concatenated_bytes']:,}"
+            )

@@ -36,27 +36,11 @@ class RawIds:
         self.values: pa.Array | None = None
         if schema.features[table].vocabulary.kind != "dictionary":
             return
-        if vocabulary is None:
-            if "://" in root:
-                raise UserError(
-                    f"{root}: the raw ids of a remote data set are read from a local copy of its vocabulary: name that "
-                    "folder with --vocabulary."
-                )
-            vocabulary = home_of(Path(root).absolute(), schema) / VOCABULARY_NAME
-        path = vocabulary / f"{table}.parquet"
-        try:
-            found = pq.read_table(path, columns=["value", "row"])
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise UserError(f"{path} is no vocabulary (columns value, row): {error}.") from None
-        self.place = np.full(schema.features[table].vocabulary.size, len(found), np.int64)
-        rows = found.column("row").to_numpy()
-        if len(rows) and rows.max() >= len(self.place):
-            raise UserError(
-                f"{path} has more ids than the index of {root}: it is not the vocabulary that it was built with."
-            )
-        self.place[rows] = np.arange(len(found))
+        values, rows = read_vocabulary(root, schema, table, vocabulary)
+        self.place = np.full(schema.features[table].vocabulary.size, len(rows), np.int64)
+        self.place[rows] = np.arange(len(rows))
         # One more, for ids that the dictionary lacks.
-        self.values = pa.concat_arrays([*found.column("value").cast(pa.string()).chunks, pa.nulls(1, pa.string())])
+        self.values = pa.concat_arrays([*values.chunks, pa.nulls(1, pa.string())])
 
     def __call__(self, ids: np.ndarray) -> pa.Array:
         """Of ids, int64 `[n]`, -1 for none: strings, null where there is no value."""
@@ -66,6 +50,34 @@ class RawIds:
                 [str(i) if known else None for i, known in zip(ids.tolist(), there.tolist(), strict=True)], pa.string()
             )
         return self.values.take(pa.array(np.where(there, self.place[np.where(there, ids, 0)], len(self.values) - 1)))
+
+
+def read_vocabulary(
+    root: str, schema: Schema, table: str, vocabulary: Path | None = None
+) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """The values of a table's dictionary, strings, and their rows, int64 `[V]`; arguments as of `RawIds`.
+
+    Raises:
+        UserError: it is missing, cannot be read, or is another.
+    """
+    if vocabulary is None:
+        if "://" in root:
+            raise UserError(
+                f"{root}: the raw ids of a remote data set are read from a local copy of its vocabulary: name that "
+                "folder with --vocabulary."
+            )
+        vocabulary = home_of(Path(root).absolute(), schema) / VOCABULARY_NAME
+    path = vocabulary / f"{table}.parquet"
+    try:
+        found = pq.read_table(path, columns=["value", "row"])
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise UserError(f"{path} is no vocabulary (columns value, row): {error}.") from None
+    rows = found.column("row").to_numpy()
+    if len(rows) and rows.max() >= schema.features[table].vocabulary.size:
+        raise UserError(
+            f"{path} has more ids than the index of {root}: it is not the vocabulary that it was built with."
+        )
+    return found.column("value").cast(pa.string()), rows
 
 
 def user_feature(schema: Schema) -> str | None:

@@ -1,12 +1,14 @@
 """Vectors with their ids as Parquet: a folder of parts, one of each rank, whose rows follow one another.
 
-    part-00000.parquet   id, domain, row and what else there is of an item or user; `vector:<task>`, float32 lists
+    part-00000.parquet   id, domain, row and what else there is of an item or user; `vector:<task>`, float32 lists; or,
+                         of items in compact form, `tag:<task>` and `weights:<task>`, of which that is made
 
 A position is a row's number through all parts: what an index of the vectors answers with.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 
-VECTOR = "vector:"
+VECTOR, TAG, WEIGHTS = "vector:", "tag:", "weights:"
 # Rows that are read and written at a time.
 GROUP_ROWS = 8192
 
@@ -95,9 +97,21 @@ class Parts:
     def columns(self) -> list[str]:
         return self.files[0].schema_arrow.names
 
+    def _columns_of(self, task: str) -> list[str]:
+        vector = vector_column(task)
+        return [vector] if vector in self.columns else [TAG + task, WEIGHTS + task]
+
     def width(self, task: str) -> int:
         """D of a task's vectors."""
-        return self.files[0].schema_arrow.field(vector_column(task)).type.list_size
+        return math.prod(self.files[0].schema_arrow.field(name).type.list_size for name in self._columns_of(task))
+
+    def _matrix(self, table: pa.Table) -> np.ndarray:
+        """Of a table of a task's columns."""
+        found = [as_matrix(column) for column in table.columns]
+        if len(found) == 1:
+            return found[0]
+        tags, weights = found
+        return (weights[:, :, None] * tags[:, None]).reshape(len(tags), -1)
 
     def tables(self, columns: Sequence[str], groups: range | None = None) -> Iterator[tuple[int, pa.Table]]:
         """The columns group by group, of all groups or of some, each with the position of its first row."""
@@ -107,8 +121,13 @@ class Parts:
 
     def vectors(self, task: str) -> Iterator[np.ndarray]:
         """A task's vectors, float32 `[n, D]` each, in order."""
-        for _, table in self.tables([vector_column(task)]):
-            yield as_matrix(table.column(0))
+        for _, table in self.tables(self._columns_of(task)):
+            yield self._matrix(table)
+
+    def gated(self, task: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of items in compact form E_T, float32 `[n, d]`, and the weights `[n, K]`, in order."""
+        for _, table in self.tables([TAG + task, WEIGHTS + task]):
+            yield as_matrix(table.column(0)), as_matrix(table.column(1))
 
     def take(self, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
         """The rows at positions int64 `[n]`, in that order; reads no more than their groups."""
@@ -122,4 +141,4 @@ class Parts:
 
     def vectors_at(self, positions: np.ndarray, task: str) -> np.ndarray:
         """A task's vectors at positions int64 `[n]`: float32 `[n, D]`."""
-        return as_matrix(self.take(positions, [vector_column(task)]).column(0))
+        return self._matrix(self.take(positions, self._columns_of(task)))

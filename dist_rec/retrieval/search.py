@@ -21,7 +21,9 @@ from ..data.candidates import share_of
 from ..errors import UserError
 from ..training import checkpoint
 from ..training.process import choose_device, process_group, quieten
-from .index import read_index_file, rescored
+from .answer import best_items
+from .compact import Gated, SubIndexes, read_compact
+from .index import read_index_file
 from .manifest import CONFIG_NAME, EXPORT, ITEMS, MANIFEST_NAME, USERS, read_manifest, sha256_of
 from .names import key_of
 from .parts import Parts, PartWriter, as_matrix, vector_column
@@ -51,7 +53,7 @@ class Export:
             self._check_checkpoint()
         self.items = Parts(self.folder / ITEMS)
         self.users = Parts(self.folder / USERS) if self.manifest.users else None
-        self._indexes: dict[str, faiss.Index] = {}
+        self._indexes: dict[str, faiss.Index | Gated | SubIndexes] = {}
 
     def _check_checkpoint(self) -> None:
         saved = checkpoint.read_manifest(checkpoint.find(self.run))
@@ -72,7 +74,7 @@ class Export:
             raise UserError(f"--task {name} is not known: {self.folder} has {', '.join(self.manifest.tasks)}.")
         return name or next(iter(self.manifest.tasks))
 
-    def index(self, task: str) -> faiss.Index:
+    def index(self, task: str) -> faiss.Index | Gated | SubIndexes:
         """A task's index.
 
         Raises:
@@ -86,7 +88,7 @@ class Export:
                     f"{path} is not the index that {MANIFEST_NAME} describes: it does not belong to this export, or is "
                     "damaged. Export again."
                 )
-            index = read_index_file(path)
+            index = read_compact(path) if about.compact else read_index_file(path)
             if (index.ntotal, index.d) != (len(self.items), about.width):
                 raise UserError(
                     f"{path} is of {index.ntotal} vectors, and there are {len(self.items)} items: export again."
@@ -125,16 +127,8 @@ class Export:
             Positions int64 and scores of the model float64 `[Q, k]`, best first; position -1 and score nan where an
             index finds fewer.
         """
-        about, index = self.manifest.tasks[task], self.index(task)
-        times, k = rescored(self.manifest.index), min(k, index.ntotal)
-        products, positions = index.search(np.ascontiguousarray(vectors, np.float32), min(times * k, index.ntotal))
-        if times > 1:
-            distinct, back = np.unique(positions, return_inverse=True)
-            # Position -1, of nobody, is the first there where there is any.
-            of_items = self.items.vectors_at(np.maximum(distinct, 0), task)[back.reshape(positions.shape)]
-            products = np.where(positions < 0, -np.inf, np.einsum("qd,qkd->qk", vectors, of_items))
-            order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-            products, positions = np.take_along_axis(products, order, 1), np.take_along_axis(positions, order, 1)
+        about = self.manifest.tasks[task]
+        positions, products = best_items(self.index(task), self.manifest.index, self.items, task, vectors, k)
         scores = about.scale * products.astype(np.float64) + about.bias
         return positions, np.where(positions < 0, np.nan, scores)
 

@@ -31,7 +31,7 @@ from ..training.prepared import Prepared
 from ..training.reading import retry_of
 from .entities import Entities, item_feature, item_keys, last_rows, user_key
 from .names import RawIds, user_feature
-from .parts import PartWriter, as_lists, vector_column
+from .parts import TAG, WEIGHTS, PartWriter, as_lists, vector_column
 from .rows import Batches, DataSet, RowSource, of_run, only, pairs
 
 Thing = TypeVar("Thing")
@@ -142,10 +142,11 @@ class VectorJob:
         loaded: the run.
         towers: its two-tower reading.
         item: the feature that tells items apart.
+        compact: write items as what their vectors are made of.
     """
 
-    def __init__(self, loaded: Trained, towers: TwoTowers, item: str) -> None:
-        self.loaded, self.towers, self.item = loaded, towers, item
+    def __init__(self, loaded: Trained, towers: TwoTowers, item: str, compact: bool = False) -> None:
+        self.loaded, self.towers, self.item, self.compact = loaded, towers, item, compact
         self.prepared, self.exchange = loaded.prepared, Exchange()
         self.size = batch_rows(self.prepared, self.exchange.world_size)
         features, schema = self.prepared.features, self.prepared.schema
@@ -174,10 +175,14 @@ class VectorJob:
                 yield rows, texts, batches(only(of_run(rows, self.prepared.features), members.read), size)
 
         for rows, texts, batch in ahead(read()):
-            vectors = self._model(batch, members.side)["vectors"]
+            found = self._model(batch, members.side)
             if len(rows):
                 columns = {"id": members.ids(rows, texts), **self._described(members, rows, texts)}
-                columns |= {vector_column(t): as_lists(vectors[t][: len(rows)].float().cpu().numpy()) for t in vectors}
+                parts = {vector_column(task): vectors for task, vectors in found["vectors"].items()}
+                if self.compact and members.side == "item":
+                    parts = {TAG + task: tags for task, tags in found["tags"].items()}
+                    parts |= {WEIGHTS + task: weights for task, weights in found["weights"].items()}
+                columns |= {name: as_lists(part[: len(rows)].float().cpu().numpy()) for name, part in parts.items()}
                 writer.write(pa.RecordBatch.from_pydict(columns))
         if writer is not None:
             writer.close()

@@ -105,6 +105,10 @@ class Kind(ABC):
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         """A fresh one for a split."""
 
+    def not_bundled(self, config: Config) -> str | None:
+        """Why its forward cannot be a graph that scores rows; None if it can."""
+        return None
+
     def not_evaluated(self, config: Config) -> str | None:
         """Why there is nothing to measure of this config's model, in words; None where there is."""
         return None

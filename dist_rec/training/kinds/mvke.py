@@ -40,7 +40,7 @@ class MVKEKind(Kind):
         return used
 
     def heads(self, schema: Schema, config: Config) -> dict[str, str]:
-        from ...models.mvke import tasks_of
+        from ...models.objectives import tasks_of
 
         return {task: spec.label for task, spec in tasks_of(schema, config.model).items()}
 
@@ -55,7 +55,7 @@ class MVKEKind(Kind):
         return two_towers(schema, config.model, features)
 
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
-        from ...models.mvke import targets_of, tasks_of
+        from ...models.objectives import targets_of, tasks_of
 
         tasks, targets = tasks_of(schema, config.model), None
         if any(spec.given for spec in tasks.values()):

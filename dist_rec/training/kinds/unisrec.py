@@ -129,6 +129,9 @@ class UniSRecKind(Kind):
 
         return towers_of(schema, config.model, features)
 
+    def not_bundled(self, config: Config) -> str | None:
+        return "its events are packed, row after row, and how many there are no graph can know beforehand"
+
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return RankingEvaluator(schema, config.evaluate.at, {"mask_history": config.evaluate.mask_history})
 
