@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
+from .graph import NUMBERS, ask
 from .index import IndexConfig, rescored
 from .parts import Parts
 
@@ -28,12 +29,16 @@ def best_items(
         Positions int64 and inner products `[Q, k]`, best first; position -1 and -inf where an index finds fewer.
     """
     times, k = rescored(config), min(k, index.ntotal)
-    products, positions = index.search(np.ascontiguousarray(users, np.float32), min(times * k, index.ntotal))
-    if times > 1:
-        distinct, back = np.unique(positions, return_inverse=True)
+    products, positions = ask(index, users, min(times * k, index.ntotal))
+    if times == 1:
+        return positions, products
+    high = max(NUMBERS // max(positions.shape[1] * index.d, 1), 1)
+    for start in range(0, len(users), high):
+        rows = slice(start, start + high)
+        distinct, back = np.unique(positions[rows], return_inverse=True)
         # Position -1, of nobody, is the first there where there is any.
-        of_items = items.vectors_at(np.maximum(distinct, 0), task)[back.reshape(positions.shape)]
-        products = np.where(positions < 0, -np.inf, np.einsum("qd,qkd->qk", users, of_items))
-        order = np.argsort(-products, axis=1, kind="stable")[:, :k]
-        products, positions = np.take_along_axis(products, order, 1), np.take_along_axis(positions, order, 1)
-    return positions, products
+        of_items = items.vectors_at(np.maximum(distinct, 0), task)[back.reshape(positions[rows].shape)]
+        products[rows] = np.einsum("qd,qkd->qk", users[rows], of_items)
+    products[positions < 0] = -np.inf
+    order = np.argsort(-products, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(positions, order, 1), np.take_along_axis(products, order, 1)

@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 
 from ..errors import UserError
+from .graph import ask
 from .index import PER_CENTROID, IndexConfig, build_index, exact_top
 from .parts import Parts
 
@@ -70,8 +71,8 @@ class SubIndexes:
         for kernel, (index, positions) in enumerate(zip(self.indexes, self.positions, strict=True)):
             if index is None:
                 continue
-            found, at = index.search(np.ascontiguousarray(parts[:, kernel]), min(k, index.ntotal))
-            scores.append(np.where(at < 0, -np.inf, found).astype(np.float32))
+            found, at = ask(index, parts[:, kernel], min(k, index.ntotal))
+            scores.append(found)
             where.append(np.where(at < 0, -1, positions[at]))
         all_scores, all_where = np.concatenate(scores, 1), np.concatenate(where, 1)
         order = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]

@@ -141,6 +141,8 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
                 read_seen(d.reader(prepared, [item]), d.index.schema, item, users.found.key, items.found.key, of_tasks)
                 for d in (train, judged)
             ]
+        for name, one in told.items():
+            _check_count(partial / name, one)
         tasks = _tasks(partial, towers, wishes, pairs, own, held)
     except UserError:
         shutil.rmtree(partial)
@@ -228,6 +230,7 @@ def _tasks(
         asked = users or items
         some = np.linspace(0, len(asked) - 1, min(wishes.queries, len(asked))).astype(np.int64)
         chosen, answers = measure(index, wishes.index, asked.vectors_at(some, task), wishes.k, vectors)
+        _say_recall(task, wishes, answers[f"recall_at_{wishes.k}"])
         path = folder / INDEX / f"{number}{SUFFIX if wishes.compact else '.faiss'}"
         (write_compact if wishes.compact else write_index)(index, path)
         found[task] = Task(
@@ -247,6 +250,24 @@ def _tasks(
             compact=_compact(index, towers.kernels[task]) if wishes.compact else None,
         )
     return found
+
+
+def _say_recall(task: str, wishes: Wishes, recall: float) -> None:
+    if wishes.index.kind in ("ivf", "hnsw") and recall < wishes.index.recall:
+        how = "--index.probes" if wishes.index.kind == "ivf" else "--index.search_width, links or build_width"
+        print(
+            f"dist-rec: {task}: recall@{wishes.k} of the index is {recall:.3f}, below --index.recall "
+            f"{wishes.index.recall:g}: raise {how}, or take another --index.",
+            file=sys.stderr,
+        )
+
+
+def _check_count(folder: Path, told: Told) -> None:
+    if (there := len(Parts(folder))) != told.count:
+        raise UserError(
+            f"{folder} has {there:,} vectors of {told.count:,}: the other ranks wrote theirs elsewhere. Name an --out "
+            "on a file system that all hosts share."
+        )
 
 
 def _sizes(
@@ -293,7 +314,9 @@ def _correlation(served: np.ndarray, logits: np.ndarray) -> float | None:
 
 
 def _is_off(scores: dict[str, Any]) -> bool:
-    return (scores.get("max_relative_error") or 0.0) > TOLERANCE
+    error = scores.get("max_relative_error")
+    # What is no number is off, too.
+    return error is not None and not error <= TOLERANCE
 
 
 def _check_scores(towers: TwoTowers, scores: dict[str, dict[str, Any]], approximate: bool) -> None:

@@ -23,6 +23,7 @@ from pydantic import Field
 
 from ..errors import UserError
 from ..strict import from_dict, strict
+from .graph import ask, build_graph, graph_of
 
 if TYPE_CHECKING:
     from .compact import Gated, SubIndexes
@@ -92,7 +93,7 @@ class IndexConfig:
 def build_index(
     config: IndexConfig, width: int, count: int, vectors: Callable[[], Iterator[np.ndarray]]
 ) -> faiss.Index:
-    """An index of `count` vectors, read once, and once more where something is learned from a part of them.
+    """An index of `count` vectors, read once, and once more where something is learned of them.
 
     Args:
         vectors: float32 `[n, width]` pieces, in order, whenever it is called.
@@ -106,8 +107,7 @@ def build_index(
         index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, sizes["lists"], product)
         index.nprobe, index.cp.spherical, index.cp.min_points_per_centroid = sizes["probes"], True, 1
     elif config.kind == "hnsw":
-        index = faiss.IndexHNSWFlat(width, sizes["links"], product)
-        index.hnsw.efConstruction, index.hnsw.efSearch = sizes["build_width"], sizes["search_width"]
+        return build_graph(width, sizes["links"], sizes["build_width"], sizes["search_width"], vectors)
     elif config.kind == "pq":
         index = faiss.IndexPQ(width, sizes["codes"], sizes["bits"], product)
         index.pq.cp.min_points_per_centroid = 1
@@ -198,12 +198,12 @@ def measure(
         best, _, _ = exact_top(queries, k, vectors())
         chosen = _widen(index, config, queries, k, _least(best))
     started = time.perf_counter()
-    _, answers = index.search(queries, candidates)
+    _, answers = ask(index, queries, candidates)
     together = time.perf_counter() - started
     alone = []
     for query in queries[:repeats]:
         started = time.perf_counter()
-        index.search(query[None], candidates)
+        ask(index, query[None], candidates)
         alone.append(time.perf_counter() - started)
     best, _, scores = exact_top(queries, k, vectors(), answers)
     return chosen, {
@@ -228,15 +228,18 @@ def _widen(
     index: faiss.Index | SubIndexes, config: IndexConfig, queries: np.ndarray, k: int, least: np.ndarray
 ) -> dict[str, int]:
     """Search wider and wider until recall@k is what is wanted; ivf and hnsw answer with exact scores."""
-    of_lists, kind = config.kind == "ivf", faiss.IndexIVF if config.kind == "ivf" else faiss.IndexHNSW
-    every = [one for one in getattr(index, "indexes", [index]) if isinstance(one, kind)]
+    of_lists, parts = config.kind == "ivf", getattr(index, "indexes", [index])
+    if of_lists:
+        every = [one for one in parts if isinstance(one, faiss.IndexIVF)]
+    else:
+        every = [graph for graph in map(graph_of, parts) if graph is not None]
     if not every:
         return {}
     widths = [(one.nprobe, one.nlist) if of_lists else (one.hnsw.efSearch, one.ntotal) for one in every]
     wide, most = (max(sizes) for sizes in zip(*widths, strict=True))
     given = config.probes if of_lists else config.search_width
     while not given and wide < most:
-        scores, _ = index.search(queries, k)
+        scores, _ = ask(index, queries, k)
         if (scores >= least).mean() >= config.recall:
             break
         wide = min(2 * wide, most)
