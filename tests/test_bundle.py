@@ -250,7 +250,7 @@ def test_scores_without_the_training_system_are_the_runs(folder, bundles, rows, 
         assert wanted.std() > 0.01 and found["none"][task] == []
         np.testing.assert_allclose([one[task] for one in found["ones"]], mine[:5], rtol=1e-5, atol=1e-6)
         # The two sides make the score.
-        about = bundles[precision]["tasks"][task]
+        about = bundles[precision]["towers"][task]
         products = (np.array(found["users"][task]) * np.array(found["items"][task])).sum(1)
         np.testing.assert_allclose(about["scale"] * products + about["bias"], mine, rtol=1e-4, atol=1e-5)
 

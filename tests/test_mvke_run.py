@@ -150,13 +150,9 @@ def test_a_bundle_scores_old_ids_and_those_of_a_new_domain(folder, run):
     """They are in tables of their own, which a bundle joins."""
     data = folder / "new" / "fresh"
     dist_rec("finetune", run, "--data", data, "--name", "bundled", "--freeze", "L0", "--train.device", "cpu")
-    tables = {name for name in tensors(folder / "runs" / "bundled") if name.startswith("tables.")}
-    out = folder / "bundle"
-    told = json.loads(
-        dist_rec("export", folder / "runs" / "bundled", "--bundle", out, "--precision", "fp32", "--json").splitlines()[
-            -1
-        ]
-    )
+    tables = checkpoint.read_state(checkpoint.find(folder / "runs" / "bundled")).manifest.tables
+    wanted = ["--bundle", folder / "bundle", "--precision", "fp32", "--json"]
+    told = json.loads(dist_rec("export", folder / "runs" / "bundled", *wanted).splitlines()[-1])
     assert any("@1" in name for name in tables) and not any("@" in name for name in told["tables"])
     sizes = {name: feature["vocabulary"]["size"] for name, feature in told["schema"]["features"].items()}
     assert all(about["rows"] == sizes[name] for name, about in told["tables"].items())

@@ -28,7 +28,7 @@ from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..files import write_text
 from ..layers.reduction import Reduction
-from ..models.towers import TwoTowers
+from ..models.towers import Side, TwoTowers
 from ..scoring.bundle import (
     ENCODER,
     FORMAT,
@@ -135,7 +135,7 @@ def _write(loaded: Trained, wishes: BundleWishes, folder: Path) -> dict[str, Any
     prepared = loaded.prepared
     schema, features, index = prepared.schema, prepared.features, prepared.indexes["train"]
     looked_up = prepared.kind.looked_up(schema, prepared.config, features)
-    towers = prepared.kind.towers(schema, prepared.config, features)
+    towers = _towers(prepared)
     weights, tables = _tables(loaded, looked_up, folder)
     # The run's own sums its losses over ranks, which no service has.
     model = build_model(prepared, Reduction()).eval()
@@ -162,13 +162,21 @@ def _write(loaded: Trained, wishes: BundleWishes, folder: Path) -> dict[str, Any
         "features": features,
         "tables": tables,
         "texts": texts,
-        "tasks": {
+        "towers": {
             task: {"exact": towers.exact[task], "scale": towers.scale[task], "bias": towers.bias[task]}
             | ({"why": towers.why[task]} if task in towers.why else {})
-            for task in towers.tasks
+            for task in (towers.tasks if towers else ())
         },
         "programs": programs,
     }
+
+
+def _towers(prepared: Prepared) -> TwoTowers | None:
+    """None where the model has no two towers, and so only scores."""
+    try:
+        return prepared.kind.towers(prepared.schema, prepared.config, prepared.features)
+    except UserError:
+        return None
 
 
 def _tables(
@@ -218,7 +226,7 @@ def _programs(
     prepared: Prepared,
     model: torch.nn.Module,
     text_width: int,
-    towers: TwoTowers,
+    towers: TwoTowers | None,
     weights: Mapping[str, Tensor],
     precision: Precision,
     looked_up: Collection[str],
@@ -245,11 +253,10 @@ def _programs(
         save_program(program, given, by_row, folder / f"{TABLES}.pt2")
         found[TABLES] = {"inputs": list(given)}
     dims = {name: weight.shape[1] for name, weight in weights.items()}
-    for name, side, read in (
-        (SCORE, None, features),
-        (USER, "user", towers.user_features),
-        (ITEM, "item", towers.item_features),
-    ):
+    wanted: list[tuple[str, Side | None, Collection[str]]] = [(SCORE, None, features)]
+    if towers is not None:
+        wanted += [(USER, "user", towers.user_features), (ITEM, "item", towers.item_features)]
+    for name, side, read in wanted:
         given, by_row = inputs_of(schema, read, dims, text_width)
         save_program(ModelProgram(model, schema, side), given, by_row, folder / f"{name}.pt2")
         found[name] = {"inputs": list(given), "features": list(read)}

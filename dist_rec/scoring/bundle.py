@@ -77,7 +77,6 @@ class Bundle:
                 raise BundleError(f"{self.folder / name} is not the file that {MANIFEST_NAME} describes.")
         features = self.manifest["schema"]["features"]
         self.features = {name: features[name] for name in self.manifest["features"]}
-        self.tasks: list[str] = list(self.manifest["tasks"])
         vocabularies = {table: self._vocabulary(table, features[table]) for table in self.manifest["tables"]}
         self.raw = RawRows(self.manifest["schema"], self.manifest["prefixes"], vocabularies)
         self.managed = {
