@@ -63,6 +63,7 @@ SCHEMA = {
 }
 USER = ("user_name", "city", "age", "taste", "history", "history_text")
 PREFIXES = {"item": "film: "}
+MOST_TOKENS = 12
 
 
 def raw_rows(count: int, items: int, seed: int) -> list[dict]:
@@ -103,20 +104,27 @@ def folder(tmp_path_factory, tiny_model) -> Path:
     """Data in train/ and, with ids and texts that train has not, in test/; vectors of the texts in store/; a config."""
     folder = tmp_path_factory.mktemp("bundle")
     schema = from_dict(Schema, SCHEMA | {"features": SCHEMA["features"]}, "everything")
-    options = {"tokenizer": tiny_model, "prefixes": PREFIXES, "workers": 1, "block_rows": 64, "shard_rows": 128}
+    options = {
+        "tokenizer": tiny_model,
+        "max_tokens": MOST_TOKENS,
+        "prefixes": PREFIXES,
+        "workers": 1,
+        "block_rows": 64,
+        "shard_rows": 128,
+    }
     train = [row | {"query": None} for row in raw_rows(400, 25, 0)]
     test = [row | {"query": "a thing"} for row in raw_rows(90, 40, 1)]
     build(schema, [write(train, folder / "train.parquet")], str(folder / "train"), **options)
     vocabulary = str(folder / "train" / "vocabulary")
     test_file = write(test, folder / "test.parquet")
     build(schema, [test_file], str(folder / "test"), vocabulary=vocabulary, **options)
-    embed([str(folder / "train"), str(folder / "test")], tiny_model, str(folder / "store"), store_dtype="float32")
+    embed([str(folder / "train")], tiny_model, str(folder / "store"), max_tokens=MOST_TOKENS, store_dtype="float32")
     tree = {
         "run": {"root": str(folder / "runs"), "name": "mvke", "seed": 3},
         "data": {split: str(folder / split) for split in ("train", "test")}
         | {"batch_size": 32, "streams": 8, "shuffle_window": 64},
         "tables": {"dim": 8, "overrides": {"user": {"managed": 16}, "ean": {"hash": 31}, "genres": {"dim": 12}}},
-        "text": {"mode": "frozen", "store": str(folder / "store")},
+        "text": {"mode": "frozen", "store": str(folder / "store"), "missing": "encode", "model": tiny_model},
         "model": {"kind": "mvke", "width": 8, "history": {"use_text": True, "dropout": 0.0, "max_length": 3}},
         "dense": {"learning_rate": 0.02},
         "train": {"epochs": 2, "device": "cpu"},
@@ -242,7 +250,7 @@ def test_scores_without_the_training_system_are_the_runs(folder, bundles, rows, 
         assert wanted.std() > 0.01 and found["none"][task] == []
         np.testing.assert_allclose([one[task] for one in found["ones"]], mine[:5], rtol=1e-5, atol=1e-6)
         # The two sides make the score.
-        about = bundles[precision]["tasks"][task]
+        about = bundles[precision]["towers"][task]
         products = (np.array(found["users"][task]) * np.array(found["items"][task])).sum(1)
         np.testing.assert_allclose(about["scale"] * products + about["bias"], mine, rtol=1e-4, atol=1e-5)
 
@@ -274,8 +282,6 @@ def test_what_a_bundle_lacks_is_said(folder, bundles, rows, tmp_path):
     bundle = Bundle(folder / "int8")
     with pytest.raises(RowError, match="row 0 lacks 'age', 'history': give None where"):
         bundle.score([{name: value for name, value in rows[0].items() if name not in ("age", "history")}])
-    with pytest.raises(BundleError, match="1 of .* texts have no vector in .*the first is 'film: never heard of'"):
-        bundle.score([rows[0] | {"title": "never heard of"}])
     with pytest.raises(BundleError, match="is no bundle: manifest.json cannot be read"):
         Bundle(tmp_path)
     said = dist_rec("export", folder / "runs" / "mvke", "--bundle", folder / "train", code=2).stderr
@@ -284,6 +290,33 @@ def test_what_a_bundle_lacks_is_said(folder, bundles, rows, tmp_path):
         "export", folder / "runs" / "mvke", "--bundle", tmp_path / "x", "--precision", "int3", code=2
     ).stderr
     assert "--precision int3 is not known" in said and not (tmp_path / "x").exists()
+
+
+def test_a_text_without_a_vector_is_encoded_or_refused(folder, bundles, rows):
+    without = folder / "without"
+    refusing = ["--text.missing", "refuse", "--data.test", "null", "--precision", "fp16"]
+    dist_rec("export", folder / "runs" / "mvke", "--bundle", without, *refusing, "--pairs", "20")
+    bundle = Bundle(without)
+    assert (bundle.manifest["scores"]["data"], bundle.manifest["scores"]["rows"]) == ("data.train", 20)
+    with pytest.raises(BundleError, match="1 of .* texts have no vector in .*the first is 'film: never heard of'"):
+        bundle.score([rows[0] | {"title": "never heard of"}])
+    long = Bundle(folder / "fp32").score([rows[0] | {"title": "never heard of " * n} for n in (0, 1, 30, 60)])["like"]
+    # Texts are cut as in training.
+    assert long[2] == pytest.approx(long[3], rel=1e-6) and len({round(float(score), 5) for score in long}) == 3
+
+
+def test_a_trained_language_model_is_in_the_bundle(folder, tiny_model, rows):
+    tree = yaml.safe_load((folder / "mvke.yaml").read_text())
+    tree["run"]["name"], tree["text"] = "full", {"mode": "full", "model": tiny_model}
+    (folder / "full.yaml").write_text(yaml.safe_dump(tree | {"train": {"steps": 3, "device": "cpu"}}))
+    dist_rec("train", folder / "full.yaml")
+    done = dist_rec("export", folder / "runs" / "full", "--bundle", folder / "full", "--precision", "fp32", "--json")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["texts"]["encoder"] and told["scores"]["rows"] == len(rows)
+    assert all(task["max_relative_error"] < 1e-6 for task in told["scores"]["tasks"].values())
+    assert not (folder / "full" / "texts" / "keys.npy").exists()
+    found = Bundle(folder / "full").score([row | {"title": title} for row, title in zip(rows, "abc", strict=False)])
+    assert len(set(found["like"].tolist())) == 3
 
 
 def test_a_damaged_bundle_is_refused(folder, bundles, tmp_path):

@@ -146,6 +146,20 @@ def test_a_new_domain_finetunes_the_parts_that_a_preset_leaves(folder, run, free
     assert found["domains"]["fresh"]["ctr"]["rows"] > 0
 
 
+def test_a_bundle_scores_old_ids_and_those_of_a_new_domain(folder, run):
+    """They are in tables of their own, which a bundle joins."""
+    data = folder / "new" / "fresh"
+    dist_rec("finetune", run, "--data", data, "--name", "bundled", "--freeze", "L0", "--train.device", "cpu")
+    tables = checkpoint.read_state(checkpoint.find(folder / "runs" / "bundled")).manifest.tables
+    wanted = ["--bundle", folder / "bundle", "--precision", "fp32", "--json"]
+    told = json.loads(dist_rec("export", folder / "runs" / "bundled", *wanted).splitlines()[-1])
+    assert any("@1" in name for name in tables) and not any("@" in name for name in told["tables"])
+    sizes = {name: feature["vocabulary"]["size"] for name, feature in told["schema"]["features"].items()}
+    assert all(about["rows"] == sizes[name] for name, about in told["tables"].items())
+    assert told["scores"]["rows"] > 20
+    assert all(task["max_relative_error"] < 1e-6 for task in told["scores"]["tasks"].values())
+
+
 def config_of(**changes) -> Config:
     tree = {"data": {"train": "x"}, "model": {"kind": "mvke"}} | changes
     return from_dict(Config, tree, "mine")

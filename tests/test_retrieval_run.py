@@ -204,15 +204,17 @@ def test_an_experts_model_is_exported_as_an_approximation_only(toy_run, tmp_path
 
 
 def test_what_has_no_graph_is_no_bundle(sequences, toy_run, tmp_path):
-    for run, why in (
-        (sequences, "its events are packed"),
-        (toy_run, "each domain's rows go through maps of their own"),
-    ):
-        said = refused("export", run, "--bundle", tmp_path / "b")
-        assert "cannot be exported as a bundle" in said and why in said and not (tmp_path / "b").exists()
+    said = refused("export", sequences, "--bundle", tmp_path / "b")
+    assert "cannot be exported as a bundle: its events are packed" in said and not (tmp_path / "b").exists()
     assert "leave --nproc-per-node out" in refused(
         "export", toy_run, "--bundle", tmp_path / "b", "--nproc-per-node", "2"
     )
+
+
+def test_experts_of_domains_are_a_bundle(toy_run, tmp_path):
+    found = told("export", toy_run, "--bundle", tmp_path / "b", "--precision", "fp32")
+    assert set(found["scores"]["tasks"]) == {"ctr", "relevance"} and found["scores"]["rows"] > 50
+    assert all(task["max_relative_error"] < 1e-6 for task in found["scores"]["tasks"].values())
 
 
 @pytest.fixture(scope="module")

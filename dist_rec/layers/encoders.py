@@ -39,7 +39,7 @@ class UserEncoder(nn.Module):
         if self.profile is not None:
             profile = F.gelu(self.profile(profile))
         x = torch.cat([profile, histories], 1)
-        return self.join(x.new_ones(len(x), 1) if self.constant else x)
+        return self.join(x.new_ones(x.shape[0], 1) if self.constant else x)
 
 
 class EntityEncoder(nn.Module):
@@ -96,6 +96,6 @@ class EntityEncoder(nn.Module):
         if vectors:
             stacked, there = torch.stack(vectors, 1), torch.stack([present[a] for a in self.aspects], 1)
         else:
-            stacked = domain.new_zeros(len(domain), 0, self.width)
-            there = torch.zeros(len(domain), 0, dtype=torch.bool, device=domain.device)
+            stacked = domain.new_zeros(domain.shape[0], 0, self.width)
+            there = torch.zeros(domain.shape[0], 0, dtype=torch.bool, device=domain.device)
         return self.gate(stacked, there, domain, keys)[0]

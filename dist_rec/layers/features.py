@@ -43,7 +43,7 @@ class Columns:
             `(x, present)`: `[B, C]`, each dense column followed by its mask (1 where known), and
             bool `[B]`, whether the row has any of these features.
         """
-        device, size = batch.domain.device, len(batch)
+        device, size = batch.domain.device, batch.domain.shape[0]
         parts = [torch.zeros(size, 0, device=device, dtype=dtype)]
         present = torch.zeros(size, device=device, dtype=torch.bool)
         for name in self.ids:

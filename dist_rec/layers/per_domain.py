@@ -88,9 +88,11 @@ def per_domain_linear(x: Tensor, weight: Tensor, bias: Tensor, sizes: Tensor) ->
     Raises:
         ValueError: the sizes do not add up to B, or there are not K of them.
     """
-    if torch.compiler.is_exporting() and len(weight) == 1:
-        # Of one domain nothing depends on what `sizes` holds, which a graph cannot know.
-        return torch.einsum("bsi,sio->bso", x, weight[0]).contiguous() + bias[0]
+    if torch.compiler.is_exporting():
+        # What `sizes` holds no graph can know: every domain's map, and of those the row's own.
+        every = torch.einsum("bsi,ksio->bkso", x, weight) + bias
+        domain = torch.repeat_interleave(sizes, output_size=x.shape[0])
+        return every[torch.arange(x.shape[0]), domain] if weight.shape[0] > 1 else every[:, 0].contiguous()
     counts = sizes.tolist()
     if sum(counts) != x.shape[0] or len(counts) != weight.shape[0]:
         what = f"{len(counts)} domains of {sum(counts)} rows"

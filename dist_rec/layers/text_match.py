@@ -56,7 +56,9 @@ def mean_directions(directions: Tensor, index: Tensor, lengths: Tensor) -> Tenso
     """
     padded = torch.cat([directions, directions.new_zeros(1, directions.shape[1])])
     starts = lengths.cumsum(0) - lengths
-    sums = F.embedding_bag(index, padded, starts, mode="sum", padding_idx=len(directions))
+    # Zeros without it, too; but it saves their gradient, and a graph would take the number for a constant.
+    nothing = None if torch.compiler.is_exporting() else len(directions)
+    sums = F.embedding_bag(index, padded, starts, mode="sum", padding_idx=nothing)
     return F.normalize(sums, dim=1)
 
 

@@ -152,7 +152,7 @@ class FoundationModel(nn.Module):
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
             `losses`: detached scalars of the global batch, equal on all ranks: one for each task,
             `regulariser` and `embedding_l2` if there are, and `loss`, their weighted sum.
-            `logits`: `[B]` by task, at least float32; anything on masked rows.
+            `logits`: `[B]` by task, at least float32; anything on masked rows. An exported graph has these alone.
             `vectors`: of a side, and nothing else: `[B, D]` of length 1, or 0 where a row has no such text.
         """
         if side is not None:
@@ -163,14 +163,17 @@ class FoundationModel(nn.Module):
         x, matches = take(torch.cat([self.dropout(x), matches[:, : len(self.matched)]], 1), order), take(matches, order)
         if self.config.adaptation.enabled:
             x = self.adaptation(x, domains, sizes)
-        regulariser = self._regulariser(x, batch, order)
+        regulariser = None if torch.compiler.is_exporting() else self._regulariser(x, batch, order)
         logits = self.body(x, sizes)
         if self.matched:
             logits = logits + self.text_match(matches, sizes)
-        logits = full_precision(place(logits, order, len(batch)))
+        logits = full_precision(place(logits, order, batch.domain.shape[0]))
+        by_task = dict(zip(self.tasks, logits.unbind(1), strict=True))
+        if torch.compiler.is_exporting():
+            return {"logits": by_task}
         norms = self._norms(embeddings, logits) if self.config.embedding_l2 else None
         loss, losses = self._losses(logits, batch, regulariser, norms)
-        return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
+        return {"loss": loss, "losses": losses, "logits": by_task}
 
     def _encode(self, embeddings: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """x `[B, 3H or 5H]` without matches, `[B, 2J]` of `cosines`, E_D `[K, H]` (`[K, 0]` where nothing reads it)."""
@@ -204,7 +207,7 @@ class FoundationModel(nn.Module):
     def _text_matches(self, vectors: Tensor, batch: Batch, like: Tensor) -> Tensor:
         """m and which of it is known, `[B, 2J]`, from the vectors of the T distinct texts, `[T, D]`."""
         if not self.matched:
-            return like.new_zeros(len(batch), 0)
+            return like.new_zeros(*batch.domain.shape, 0)
         directions = F.normalize(vectors, dim=1)
         item = self.aspects["item"][1]
         items = row_texts(directions, batch.text_index[item], batch.text_lengths[item])
@@ -226,7 +229,7 @@ class FoundationModel(nn.Module):
         like: Tensor,
     ) -> Tensor:
         """The histories' vectors side by side, `[B, G * H]`."""
-        parts = [like.new_zeros(len(batch), 0)]
+        parts = [like.new_zeros(*batch.domain.shape, 0)]
         for (ids, text), encoder in zip(self.histories, self.history_encoders, strict=True):
             values, counts = [embeddings[n].to(like.dtype) for n in ids], [lengths[n] for n in ids]
             if text:

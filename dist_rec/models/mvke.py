@@ -139,7 +139,7 @@ class MVKE(nn.Module):
             `loss`: scalar with the gradient; its mean over ranks is the global batch's loss.
             `losses`: detached scalars of the global batch, equal on all ranks: one for each task, `embedding_l2` if
             there is one, and `loss`, their weighted sum.
-            `logits`: `[B]` by task, at least float32; anything on masked rows.
+            `logits`: `[B]` by task, at least float32; anything on masked rows. An exported graph has these alone.
             Of a side, at least float32: `vectors`: `[B, P_t * d]` by task; and what those of items are made of:
             `tags` `[B, d]` and `weights` `[B, P_t]` by task.
         """
@@ -154,12 +154,15 @@ class MVKE(nn.Module):
         if side == "item":
             return self._item_vectors(item)
         logits = self._logits(user, item)
+        by_task = dict(zip(self.tasks, logits.unbind(1), strict=True))
+        if torch.compiler.is_exporting():
+            return {"logits": by_task}
         norms = None
         if self.config.embedding_l2:
             squares = (embeddings[n].to(logits.dtype).square().sum(1) for n in self.pooled)
             norms = sum(squares, logits.new_zeros(len(logits)))
         loss, losses = self._losses(logits, batch, norms)
-        return {"loss": loss, "losses": losses, "logits": dict(zip(self.tasks, logits.unbind(1), strict=True))}
+        return {"loss": loss, "losses": losses, "logits": by_task}
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -28,8 +28,9 @@ from ..embeddings.tables import TableSpec
 from ..errors import UserError
 from ..files import write_text
 from ..layers.reduction import Reduction
-from ..models.towers import TwoTowers
+from ..models.towers import Side, TwoTowers
 from ..scoring.bundle import (
+    ENCODER,
     FORMAT,
     ITEM,
     MANAGED,
@@ -38,6 +39,7 @@ from ..scoring.bundle import (
     SCORE,
     TABLES,
     TEXTS,
+    TOKENIZER_NAME,
     USER,
     VOCABULARY,
     Bundle,
@@ -45,6 +47,9 @@ from ..scoring.bundle import (
 from ..scoring.hashes import text_key
 from ..scoring.raw import Columns, Lists
 from ..strict import to_dict
+from ..text.encoder import COMPUTE, TextEncoder, load_text_encoder
+from ..text.paths import tokenizer_file
+from ..text.store import VectorStore
 from ..training import checkpoint
 from ..training.checkpoint.manifest import WEIGHT
 from ..training.checkpoint.tables import local_shards
@@ -55,11 +60,13 @@ from ..training.setup import build_model
 from .export import TOLERANCE
 from .manifest import sha256_of, sizes_of
 from .names import read_vocabulary
-from .programs import ModelProgram, Precision, TablesProgram, inputs_of, save_program, table_inputs
+from .programs import ModelProgram, Precision, TablesProgram, inputs_of, save_encoder, save_program, table_inputs
 from .rows import Batches, RowSource, of_run, with_distinct_texts
 from .vectors import batch_rows, open_data
 
 CODE = "scoring"
+# Text vectors that are copied at a time.
+WRITTEN_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -87,11 +94,6 @@ def export_bundle(config: Config, run: Path, wishes: BundleWishes) -> dict[str, 
     Raises:
         UserError: the model cannot be one; its scores are not the run's; `out` is something else; there are ranks.
     """
-    if config.text.trains:
-        raise UserError(
-            "a bundle holds the vectors of texts, and those of this run are made by a language model that it trained "
-            f"(text.mode {config.text.mode}): train on frozen vectors (text.mode frozen) for a bundle."
-        )
     out = wishes.out
     if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--bundle {out} is there already and is no bundle: name another place, or remove it.")
@@ -133,16 +135,20 @@ def _write(loaded: Trained, wishes: BundleWishes, folder: Path) -> dict[str, Any
     prepared = loaded.prepared
     schema, features, index = prepared.schema, prepared.features, prepared.indexes["train"]
     looked_up = prepared.kind.looked_up(schema, prepared.config, features)
-    towers = prepared.kind.towers(schema, prepared.config, features)
+    towers = _towers(prepared)
     weights, tables = _tables(loaded, looked_up, folder)
     # The run's own sums its losses over ranks, which no service has.
     model = build_model(prepared, Reduction()).eval()
     model.load_state_dict(loaded.model.state_dict())
-    programs = _programs(prepared, model, towers, weights, wishes.precision, looked_up, folder / PROGRAMS)
+    encoder, width = _encoder(prepared, model), prepared.store.width if prepared.store else 0
+    if encoder is not None and prepared.store is None:
+        # What the model then reads is what that made.
+        width, model.text_encoder = encoder.width, None
+    programs = _programs(prepared, model, width, towers, weights, wishes.precision, looked_up, folder / PROGRAMS)
     for table in tables:
         if schema.features[table].vocabulary.kind == "dictionary":
             _write_vocabulary(prepared, table, wishes.vocabulary, folder / VOCABULARY)
-    texts = _write_texts(prepared, folder / TEXTS) if programs[SCORE]["texts"] else None
+    texts = _write_texts(prepared, width, encoder, folder) if width else None
     (folder / CODE).mkdir()
     for file in sorted(Path(scoring.__file__).parent.glob("*.py")):
         shutil.copy(file, folder / CODE)
@@ -156,13 +162,21 @@ def _write(loaded: Trained, wishes: BundleWishes, folder: Path) -> dict[str, Any
         "features": features,
         "tables": tables,
         "texts": texts,
-        "tasks": {
+        "towers": {
             task: {"exact": towers.exact[task], "scale": towers.scale[task], "bias": towers.bias[task]}
             | ({"why": towers.why[task]} if task in towers.why else {})
-            for task in towers.tasks
+            for task in (towers.tasks if towers else ())
         },
         "programs": programs,
     }
+
+
+def _towers(prepared: Prepared) -> TwoTowers | None:
+    """None where the model has no two towers, and so only scores."""
+    try:
+        return prepared.kind.towers(prepared.schema, prepared.config, prepared.features)
+    except UserError:
+        return None
 
 
 def _tables(
@@ -189,7 +203,8 @@ def _tables(
     for name, ids in managed_ids(loaded.sharded).items():
         by_row = ids.by_row()[ID].cpu().numpy()
         order = np.argsort(by_row, kind="stable")
-        order = order[by_row[order] != FREE]
+        # And a row without an id, beyond which no id is.
+        order = order[: np.searchsorted(by_row, FREE, sorter=order) + 1]
         _save(folder / MANAGED, name, ids=by_row[order], rows=order)
     return found, {
         name: {
@@ -210,7 +225,8 @@ def _save(folder: Path, name: str, **arrays: np.ndarray) -> None:
 def _programs(
     prepared: Prepared,
     model: torch.nn.Module,
-    towers: TwoTowers,
+    text_width: int,
+    towers: TwoTowers | None,
     weights: Mapping[str, Tensor],
     precision: Precision,
     looked_up: Collection[str],
@@ -237,15 +253,13 @@ def _programs(
         save_program(program, given, by_row, folder / f"{TABLES}.pt2")
         found[TABLES] = {"inputs": list(given)}
     dims = {name: weight.shape[1] for name, weight in weights.items()}
-    for name, side, read in (
-        (SCORE, None, features),
-        (USER, "user", towers.user_features),
-        (ITEM, "item", towers.item_features),
-    ):
-        texts = any(schema.features[f].kind in ("text", "texts") for f in read) and prepared.store is not None
-        given, by_row = inputs_of(schema, read, dims, prepared.store.width if texts else 0)
+    wanted: list[tuple[str, Side | None, Collection[str]]] = [(SCORE, None, features)]
+    if towers is not None:
+        wanted += [(USER, "user", towers.user_features), (ITEM, "item", towers.item_features)]
+    for name, side, read in wanted:
+        given, by_row = inputs_of(schema, read, dims, text_width)
         save_program(ModelProgram(model, schema, side), given, by_row, folder / f"{name}.pt2")
-        found[name] = {"inputs": list(given), "features": list(read), "texts": texts}
+        found[name] = {"inputs": list(given), "features": list(read)}
     return found
 
 
@@ -258,18 +272,38 @@ def _write_vocabulary(prepared: Prepared, table: str, vocabulary: Path | None, f
     _save(folder, table, keys=keys[order], ids=rows[order])
 
 
-def _write_texts(prepared: Prepared, folder: Path) -> dict[str, Any]:
-    """Every text vector of the run's store."""
-    store = prepared.store
+def _encoder(prepared: Prepared, model: torch.nn.Module) -> TextEncoder | None:
+    """The language model of texts that no store has a vector of: the run's own, or that of its store, if it encodes."""
+    if getattr(model, "text_encoder", None) is not None:
+        return TextEncoder(model.text_encoder.model, model.text_encoder.pooling).eval()
+    if prepared.missing is None:
+        return None
+    recipe = prepared.missing.recipe
+    return load_text_encoder(prepared.missing.model, dtype=COMPUTE[recipe.compute], pooling=recipe.pooling)
+
+
+def _write_texts(prepared: Prepared, width: int, encoder: TextEncoder | None, folder: Path) -> dict[str, Any]:
+    """Every text vector of the run's store, and the language model; what the manifest says of them."""
+    dtype = prepared.store.info.recipe.dtype if prepared.store else "float32"
+    told = {"width": width, "dtype": dtype, "encoder": encoder is not None}
+    (folder / TEXTS).mkdir()
+    if encoder is not None:
+        index = prepared.indexes["train"]
+        told |= {"max_tokens": index.tokenizer.max_length}
+        save_encoder(encoder, index.tokenizer.max_length, folder / PROGRAMS / f"{ENCODER}.pt2")
+        spec = prepared.config.text.model or prepared.store.info.model
+        shutil.copy(tokenizer_file(spec), folder / TEXTS / TOKENIZER_NAME)
+    return told | (_write_store(prepared.store, folder / TEXTS) if prepared.store else {})
+
+
+def _write_store(store: VectorStore, folder: Path) -> dict[str, Any]:
     keys, dtype = np.array(store.keys), np.dtype(store.info.recipe.dtype)
-    folder.mkdir()
     np.save(folder / "keys.npy", keys)
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", dtype, (len(keys), store.width))
-    size = 65_536
-    for start in range(0, len(keys), size):
-        vectors[start : start + size] = store.lookup(keys[start : start + size])
+    for start in range(0, len(keys), WRITTEN_ROWS):
+        vectors[start : start + WRITTEN_ROWS] = store.lookup(keys[start : start + WRITTEN_ROWS])
     vectors.flush()
-    return {"count": len(keys), "width": store.width, "dtype": dtype.name, "model": store.info.model}
+    return {"count": len(keys), "model": store.info.model}
 
 
 def _measure(loaded: Trained, bundle: Bundle, count: int) -> dict[str, Any]:
@@ -312,6 +346,7 @@ def columns_of(rows: Rows) -> Columns:
         dense=dict(rows.dense),
         texts={name: lists(used) for name, used in rows.texts.items()},
         text_keys=rows.text_keys,
+        tokens=None if rows.tokens is None else lists(rows.tokens),
     )
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..data.batch import Batch
 from ..embeddings.tables import EmbeddingTables, TableSpec
 from ..models.towers import Side
 from ..schema import Schema
+from ..text.encoder import TextEncoder
 
 Precision = Literal["int8", "fp16", "fp32"]
 DTYPES: dict[Precision, torch.dtype] = {"int8": torch.qint8, "fp16": torch.float16, "fp32": torch.float32}
@@ -120,6 +121,17 @@ class ModelProgram(nn.Module):
         return found["logits" if self.side is None else "vectors"]
 
 
+class EncoderProgram(nn.Module):
+    """Token ids `[T, L]` and their mask -> `vectors`, `[T, D]`."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"vectors": self.encoder(inputs["tokens"], inputs["mask"])}
+
+
 def inputs_of(
     schema: Schema, features: Collection[str], dims: Mapping[str, int], text_width: int
 ) -> tuple[dict[str, Tensor], dict[str, bool]]:
@@ -165,10 +177,27 @@ def table_inputs(names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, b
 def save_program(program: nn.Module, inputs: dict[str, Tensor], by_row: Mapping[str, bool], path: Path) -> None:
     """Trace a program and write it; its numbers of rows, ids, events and texts may be any from 2 on."""
     rows = torch.export.Dim("rows", min=2)
-    sizes = {
-        name: {0: rows if by_row[name] else torch.export.Dim(f"entries_{number}", min=2)}
-        for number, name in enumerate(inputs)
-    }
+    _save(
+        program,
+        inputs,
+        {
+            name: {0: rows if by_row[name] else torch.export.Dim(f"entries_{number}", min=2)}
+            for number, name in enumerate(inputs)
+        },
+        path,
+    )
+
+
+@torch.no_grad()
+def save_encoder(encoder: TextEncoder, max_tokens: int, path: Path) -> None:
+    """Trace a language model and write it; for 2 texts and 2 tokens or more."""
+    tokens = torch.zeros(ROWS, 3, dtype=torch.int64)
+    inputs = {"tokens": tokens, "mask": tokens == 0}
+    shape = {0: torch.export.Dim("texts", min=2), 1: torch.export.Dim("tokens", min=2, max=max(max_tokens, 3))}
+    _save(EncoderProgram(encoder), inputs, dict.fromkeys(inputs, shape), path)
+
+
+def _save(program: nn.Module, inputs: dict[str, Tensor], sizes: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
         # Of weights that share one memory, which all lie on the CPU.
         warnings.filterwarnings("ignore", "No complete tensor found in the group")

@@ -12,7 +12,8 @@ BUNDLE/  manifest.json
          programs/{score,user,item}.pt2
          vocabulary/TABLE-{keys,ids}.npy      of dictionaries
          managed/TABLE-{ids,rows}.npy         which row an id of a managed table has
-         texts/{keys,vectors}.npy
+         texts/{keys,vectors}.npy             of the run's store
+         programs/encoder.pt2, texts/tokenizer.json     where other texts are encoded
 
 The programs are what `torch.export` saved, which may hold pickles: load bundles of those whom you trust.
 """
@@ -33,13 +34,17 @@ from torch import Tensor
 
 from .hashes import mix
 from .raw import Columns, Lists, RawRows, RowError, Vocabulary
+from .texts import open_tokenizer, padded, token_lists
 
 FORMAT = "dist_rec-bundle/1"
 MANIFEST_NAME, PROGRAMS, VOCABULARY, MANAGED, TEXTS = "manifest.json", "programs", "vocabulary", "managed", "texts"
-TABLES, SCORE, USER, ITEM = "tables", "score", "user", "item"
+TABLES, SCORE, USER, ITEM, ENCODER = "tables", "score", "user", "item", "encoder"
+TOKENIZER_NAME = "tokenizer.json"
 # Rows behind those that are asked for, with one id, event and text each: a graph holds for no size of 0 or 1, and so no
 # size ever is.
 SPARE = 2
+# Through the language model; of about one length, so that there is little padding.
+TEXTS_AT_ONCE = 32
 READ_BYTES = 1 << 22
 
 
@@ -72,7 +77,6 @@ class Bundle:
                 raise BundleError(f"{self.folder / name} is not the file that {MANIFEST_NAME} describes.")
         features = self.manifest["schema"]["features"]
         self.features = {name: features[name] for name in self.manifest["features"]}
-        self.tasks: list[str] = list(self.manifest["tasks"])
         vocabularies = {table: self._vocabulary(table, features[table]) for table in self.manifest["tables"]}
         self.raw = RawRows(self.manifest["schema"], self.manifest["prefixes"], vocabularies)
         self.managed = {
@@ -80,10 +84,11 @@ class Bundle:
             for table, about in self.manifest["tables"].items()
             if about["ids"] == "managed"
         }
-        self.text_keys = self.text_vectors = None
-        if self.manifest["texts"] is not None:
+        self.text_keys = self.text_vectors = np.zeros(0, np.int64)
+        if (self.folder / TEXTS / "keys.npy").is_file():
             self.text_keys = np.load(self.folder / TEXTS / "keys.npy")
             self.text_vectors = np.load(self.folder / TEXTS / "vectors.npy", mmap_mode="r")
+        self._tokenizer: Any = None
         self._programs: dict[str, torch.nn.Module] = {}
 
     def _vocabulary(self, table: str, feature: Mapping[str, Any]) -> Vocabulary:
@@ -151,8 +156,8 @@ class Bundle:
             elif name in features:
                 found[f"texts:{name}"] = _more(columns.texts[name].values, zeros + texts)
                 found[f"text_lengths:{name}"] = _more(columns.texts[name].lengths, ones)
-        if self.text_vectors is not None:
-            spare = np.zeros((SPARE, self.text_vectors.shape[1]), np.float32)
+        if self.manifest["texts"] is not None:
+            spare = np.zeros((SPARE, self.manifest["texts"]["width"]), np.float32)
             found["text_vectors"] = _more(self._text_vectors(columns), spare)
         return found
 
@@ -168,21 +173,49 @@ class Bundle:
             return mixed % about["rows"]
         # Ids without a row share the last one.
         sorted_ids, rows = self.managed[table]
-        at = np.searchsorted(sorted_ids, mixed).clip(max=len(sorted_ids) - 1)
+        at = np.searchsorted(sorted_ids, mixed)
         return np.where(sorted_ids[at] == mixed, rows[at], about["rows"] - 1)
 
     def _text_vectors(self, columns: Columns) -> np.ndarray:
-        """Of the distinct texts, float32 `[T, D]`."""
-        keys = columns.text_keys
-        at = np.searchsorted(self.text_keys, keys).clip(max=len(self.text_keys) - 1)
-        lacking = keys[self.text_keys[at] != keys]
-        if len(lacking):
-            first = columns.said.get(int(lacking[0]), f"of key {lacking[0]}")
+        """Of the distinct texts, float32 `[T, D]`: those that are stored, and the language model's of others."""
+        keys, about = columns.text_keys, self.manifest["texts"]
+        found = np.zeros((len(keys), about["width"]), np.float32)
+        known = np.zeros(len(keys), bool)
+        if len(self.text_keys):
+            at = np.searchsorted(self.text_keys, keys).clip(max=len(self.text_keys) - 1)
+            known = self.text_keys[at] == keys
+            found[known] = self.text_vectors[at[known]]
+        lacking = np.flatnonzero(~known)
+        if not len(lacking):
+            return found
+        if not about["encoder"]:
+            first = columns.said.get(int(keys[lacking[0]]), f"of key {keys[lacking[0]]}")
             raise BundleError(
                 f"{len(lacking)} of {len(keys)} texts have no vector in {self.folder} (the first is {first!r}): add "
-                "them to the store of the run (dist-rec embed) and export the bundle again."
+                "them to the store of the run (dist-rec embed) and export the bundle again, or export it with its "
+                "language model (--text.missing encode)."
             )
-        return self.text_vectors[at].astype(np.float32)
+        tokens = columns.tokens and columns.tokens.take(lacking)
+        found[lacking] = self._encoded(tokens or self._tokens([columns.said[key] for key in keys[lacking].tolist()]))
+        return found
+
+    def _tokens(self, texts: list[str]) -> Lists:
+        if self._tokenizer is None:
+            path = self.folder / TEXTS / TOKENIZER_NAME
+            self._tokenizer = open_tokenizer(path, self.manifest["texts"]["max_tokens"])
+        return token_lists(self._tokenizer, texts)
+
+    def _encoded(self, tokens: Lists) -> np.ndarray:
+        """The language model's vectors of texts, float32 `[T, D]`, rounded as stored ones are."""
+        about, order = self.manifest["texts"], np.argsort(tokens.lengths, kind="stable")
+        found = np.zeros((len(order), about["width"]), np.float32)
+        for start in range(0, len(order), TEXTS_AT_ONCE):
+            some = order[start : start + TEXTS_AT_ONCE]
+            ids, mask = padded(tokens.take(some), SPARE)
+            spare = np.zeros((SPARE, ids.shape[1]))
+            vectors = self._program(ENCODER)({"tokens": _more(ids, spare), "mask": _more(mask, spare == 0)})["vectors"]
+            found[some] = vectors[: len(some)].float().numpy().astype(about["dtype"])
+        return found
 
     def _program(self, name: str) -> torch.nn.Module:
         if name not in self._programs:

@@ -29,6 +29,12 @@ class Lists:
     values: np.ndarray
     lengths: np.ndarray
 
+    def take(self, chosen: np.ndarray) -> Lists:
+        """Lists `chosen`, int64 `[m]`, in that order."""
+        ends = self.lengths.cumsum()
+        parts = [self.values[end - n : end] for end, n in zip(ends[chosen], self.lengths[chosen], strict=True)]
+        return Lists(np.concatenate([self.values[:0], *parts]), self.lengths[chosen])
+
 
 @dataclass
 class Columns:
@@ -40,7 +46,8 @@ class Columns:
         dense: per `dense` feature, float32 `[n, width]`, NaN where null.
         texts: per `text` and `texts` feature, positions in `text_keys`, int64.
         text_keys: int64 `[T]`, `hashes.text_key` of the distinct texts, ascending.
-        said: the texts by key, for messages; may lack any.
+        said: the texts by key; may lack those that `tokens` has.
+        tokens: token ids of the texts; None has them made of what is `said`.
     """
 
     domain: np.ndarray
@@ -49,6 +56,7 @@ class Columns:
     texts: dict[str, Lists] = field(default_factory=dict)
     text_keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     said: dict[int, str] = field(default_factory=dict)
+    tokens: Lists | None = None
 
     def __len__(self) -> int:
         return len(self.domain)

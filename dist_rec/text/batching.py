@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data.rows import Ragged
+from ..scoring.raw import Lists
+from ..scoring.texts import padded
 
 # Tokens, padding included, at once, where no one asks for another number. Larger batches leave a CPU's caches (half as
 # fast at 8192).
@@ -43,8 +45,5 @@ def length_batches(lengths: np.ndarray | Tensor, batch_tokens: int, at_least: in
 
 def pad(tokens: Ragged) -> tuple[Tensor, Tensor]:
     """Token ids of T >= 1 texts as int64 `[T, L]`, padded on the right with 0, and bool `[T, L]`, True on real ones."""
-    lengths = tokens.lengths
-    mask = np.arange(max(int(lengths.max()), 1))[None, :] < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int64)
-    ids[mask] = tokens.values
+    ids, mask = padded(Lists(tokens.values, tokens.lengths))
     return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -23,6 +23,7 @@ from ..data.blocks import TEXT, text_key
 from ..data.index import INDEX_NAME, TokenizerInfo, join, read_index
 from ..data.rows import Ragged
 from ..errors import UserError
+from ..scoring.texts import open_tokenizer, token_lists
 from .paths import TOKENIZER_NAME
 from .store import Recipe, VectorStore
 from .words import drop_words
@@ -255,22 +256,15 @@ def _second_hash(text: str) -> int:
 
 
 def load_tokenizer(folder: Path, max_tokens: int) -> Any:
-    from tokenizers import Tokenizer
-
     try:
-        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
+        return open_tokenizer(folder / TOKENIZER_NAME, max_tokens)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{folder / TOKENIZER_NAME} is not usable: {error}.") from None
-    # tokenizer.json may carry padding and truncation of its own.
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_tokens)
-    return tokenizer
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> Ragged:
-    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-    lengths = np.array([len(ids) for ids in encoded], np.int64)
-    return Ragged.from_lengths(np.array([i for ids in encoded for i in ids], np.int32), lengths)
+    lists = token_lists(tokenizer, texts)
+    return Ragged.from_lengths(lists.values.astype(np.int32), lists.lengths)
 
 
 def chunks_of(texts: Iterator[Texts]) -> Iterator[Texts]:

@@ -56,9 +56,6 @@ class FoundationKind(Kind):
 
         return towers_of(schema, features)
 
-    def not_bundled(self, config: Config) -> str | None:
-        return "each domain's rows go through maps of their own, in slices as long as no graph can know beforehand"
-
     def evaluator(self, schema: Schema, config: Config) -> Evaluator:
         return TaskEvaluator(schema, self.heads(schema, config), config.evaluate.ndcg_at)
 
