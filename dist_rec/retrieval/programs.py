@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torchrec.inference.modules import quantize_embeddings
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.quant.embedding_modules import EmbeddingCollection as QuantEmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from ..config import TablesConfig
@@ -98,7 +100,18 @@ class TablesProgram(nn.Module):
         with torch.no_grad():
             for name, parameter in places.items():
                 parameter.copy_(weights[name])
-        self.tables = quantize_embeddings(tables.eval(), dtype=DTYPES[precision], inplace=True)
+        self.tables = quantize_embeddings(
+            tables.eval(),
+            dtype=DTYPES[precision],
+            inplace=True,
+            # Else it leaves those that are not pooled as they are.
+            additional_qconfig_spec_keys=[EmbeddingCollection],
+            additional_mapping={EmbeddingCollection: QuantEmbeddingCollection},
+        )
+        for module in self.tables.modules():
+            # What the operators read is held apart from these, which a program would have besides.
+            if type(module) is nn.Module and "weight" in module._buffers:
+                del module.weight
 
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """`ids:F` `[n]` and `lengths:F` `[B]` -> `embeddings:F`, `[B, dim]` or, of a history, `[n, dim]`."""
@@ -202,4 +215,7 @@ def _save(program: nn.Module, inputs: dict[str, Tensor], sizes: dict[str, Any], 
         # Of weights that share one memory, which all lie on the CPU.
         warnings.filterwarnings("ignore", "No complete tensor found in the group")
         exported = torch.export.export(program.eval(), (inputs,), dynamic_shapes=(sizes,))
+        for node in exported.graph.nodes:
+            # Lines of code, with the folders of this machine.
+            node.meta.pop("stack_trace", None)
         torch.export.save(exported, path)
