@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def killed(tmp_path_factory, data) -> Path:
     """Step 1 is saved; every rank is killed when half of step 2 is on disk."""
     folder = tmp_path_factory.mktemp("killed")
     words = [WORKER, data, str(folder), f"hang:run:{SAVED['rows']}"]
-    process = start(["torchrun", "--standalone", "--nproc-per-node", "2", *words])
+    process = start([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words])
     try:
         deadline = time.monotonic() + SECONDS
         while not list((folder / "run").glob(".step-00000002.partial-*/rank-00001.json")):
