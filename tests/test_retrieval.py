@@ -11,7 +11,7 @@ from dist_rec.data.index import read_index
 from dist_rec.data.reader import ShardReader
 from dist_rec.errors import UserError
 from dist_rec.models.towers import TwoTowers
-from dist_rec.retrieval import answer, graph
+from dist_rec.retrieval import graph
 from dist_rec.retrieval.answer import best_items
 from dist_rec.retrieval.compact import build_compact, read_compact, write_compact
 from dist_rec.retrieval.entities import item_feature, item_keys, last_rows, user_key
@@ -93,7 +93,7 @@ def test_codes_are_rescored_a_few_queries_at_a_time(tmp_path, monkeypatch):
     config = parse_index("pq", {"codes": "4", "bits": "4"})
     index = build_index(config, WIDTH, 500, pieces(vectors))
     together = best_items(index, config, parts, "a", queries, 10)
-    monkeypatch.setattr(answer, "NUMBERS", 4 * 40 * WIDTH)
+    monkeypatch.setattr(graph, "NUMBERS", 4 * 40 * WIDTH)
     for one, other in zip(best_items(index, config, parts, "a", queries, 10), together, strict=True):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_allclose(together[1], np.take_along_axis(queries @ vectors.T, together[0], 1), rtol=1e-4)

@@ -186,6 +186,12 @@ class HistoryConfig:
     use_text: bool = False
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
+    def width_fault(self, width: int) -> str | None:
+        """Why events of this width cannot be attended to; None if they can, or need not be."""
+        if self.kind == "transformer" and width % self.heads:
+            return f"width {width} is not a multiple of history.heads {self.heads}"
+        return None
+
 
 @strict
 class TextMatchConfig:
@@ -279,6 +285,6 @@ class ModelConfig:
 
     @model_validator(mode="after")
     def _heads_divide(self):
-        if self.history.kind == "transformer" and self.width % self.history.heads:
-            raise ValueError(f"width {self.width} is not a multiple of history.heads {self.history.heads}")
+        if fault := self.history.width_fault(self.width):
+            raise ValueError(fault)
         return self

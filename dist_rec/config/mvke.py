@@ -187,8 +187,8 @@ class MVKEConfig:
 
     def _faults(self) -> list[str]:
         faults = []
-        if self.history.kind == "transformer" and self.width % self.history.heads:
-            faults.append(f"width {self.width} is not a multiple of history.heads {self.history.heads}")
+        if fault := self.history.width_fault(self.width):
+            faults.append(fault)
         for name, task in self.tasks.items():
             if task.given is None:
                 continue

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
-from .graph import NUMBERS, ask
+from .graph import ask, products_at
 from .index import IndexConfig, rescored
 from .parts import Parts
 
@@ -32,13 +32,6 @@ def best_items(
     products, positions = ask(index, users, min(times * k, index.ntotal))
     if times == 1:
         return positions, products
-    high = max(NUMBERS // max(positions.shape[1] * index.d, 1), 1)
-    for start in range(0, len(users), high):
-        rows = slice(start, start + high)
-        distinct, back = np.unique(positions[rows], return_inverse=True)
-        # Position -1, of nobody, is the first there where there is any.
-        of_items = items.vectors_at(np.maximum(distinct, 0), task)[back.reshape(positions[rows].shape)]
-        products[rows] = np.einsum("qd,qkd->qk", users[rows], of_items)
-    products[positions < 0] = -np.inf
+    products = products_at(users, positions, lambda at: items.vectors_at(at, task))
     order = np.argsort(-products, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(positions, order, 1), np.take_along_axis(products, order, 1)

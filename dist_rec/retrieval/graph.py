@@ -66,9 +66,29 @@ def ask(index: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray
     if graph is not None:
         storage = faiss.downcast_index(graph.storage)
         held = faiss.rev_swig_ptr(storage.get_xb(), storage.ntotal * storage.d).reshape(storage.ntotal, storage.d)
-        products, high = np.empty_like(products), max(NUMBERS // max(k * storage.d, 1), 1)
-        for start in range(0, len(queries), high):
-            rows = slice(start, start + high)
-            # Nobody's position -1 reads the last vector.
-            products[rows] = np.einsum("qd,qkd->qk", queries[rows], held[positions[rows], :-1])
+        products = products_at(queries, positions, lambda at: held[at, :-1])
     return np.where(positions < 0, -np.inf, products).astype(np.float32), positions
+
+
+def products_at(
+    queries: np.ndarray, positions: np.ndarray, vectors_at: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Inner products of queries and the vectors at some positions, a few queries at a time.
+
+    Args:
+        queries: float32 `[Q, D]`.
+        positions: int64 `[Q, k]`, -1 for none.
+        vectors_at: of positions int64 `[n]` the vectors, `[n, D]`.
+
+    Returns:
+        float32 `[Q, k]`, -inf where there is none.
+    """
+    products = np.empty(positions.shape, np.float32)
+    high = max(NUMBERS // max(positions.shape[1] * queries.shape[1], 1), 1)
+    for start in range(0, len(queries), high):
+        rows = slice(start, start + high)
+        distinct, back = np.unique(positions[rows], return_inverse=True)
+        # Position -1, of nobody, is the first there where there is any.
+        vectors = vectors_at(np.maximum(distinct, 0))[back.reshape(positions[rows].shape)]
+        products[rows] = np.einsum("qd,qkd->qk", queries[rows], vectors)
+    return np.where(positions < 0, -np.inf, products)
