@@ -58,7 +58,7 @@ from ..training.prepared import Prepared
 from ..training.process import world_size
 from ..training.setup import build_model
 from .export import TOLERANCE
-from .manifest import sha256_of, sizes_of
+from .manifest import check_place, sha256_of, sizes_of, take_place
 from .names import read_vocabulary
 from .programs import ModelProgram, Precision, TablesProgram, inputs_of, save_encoder, save_program, table_inputs
 from .rows import Batches, RowSource, of_run, with_distinct_texts
@@ -95,8 +95,7 @@ def export_bundle(config: Config, run: Path, wishes: BundleWishes) -> dict[str, 
         UserError: the model cannot be one; its scores are not the run's; `out` is something else; there are ranks.
     """
     out = wishes.out
-    if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--bundle {out} is there already and is no bundle: name another place, or remove it.")
+    check_place(out, MANIFEST_NAME, "--bundle", "bundle")
     partial = out.with_name(f".{out.name}.partial")
     with trained(config, run, "train") as loaded:
         if world_size() > 1:
@@ -116,9 +115,7 @@ def export_bundle(config: Config, run: Path, wishes: BundleWishes) -> dict[str, 
             shutil.rmtree(partial)
             raise
     _seal(partial, manifest)
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    take_place(partial, out)
     return manifest
 
 

@@ -40,9 +40,11 @@ from .manifest import (
     Manifest,
     Task,
     Told,
+    check_place,
     manifest_text,
     sha256_of,
     sizes_of,
+    take_place,
 )
 from .parts import Parts
 from .rows import DataSet
@@ -100,7 +102,7 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     usual = config.data.train if wishes.judge else config.data.test or config.data.valid or config.data.train
     users_root = wishes.users or usual
     partial = wishes.out.with_name(f".{wishes.out.name}.partial")
-    _check_place(wishes.out)
+    check_place(wishes.out, MANIFEST_NAME, "--out", "export")
     with trained(config, run, "train") as loaded:
         prepared = loaded.prepared
         towers = prepared.kind.towers(prepared.schema, config, prepared.features)
@@ -166,15 +168,8 @@ def export(config: Config, run: Path, wishes: Wishes) -> Manifest | None:
     save_config(config, partial / CONFIG_NAME)
     found = replace(found, files=sizes_of(partial))
     write_text(partial / MANIFEST_NAME, manifest_text(found))
-    if wishes.out.exists():
-        shutil.rmtree(wishes.out)
-    partial.rename(wishes.out)
+    take_place(partial, wishes.out)
     return found
-
-
-def _check_place(out: Path) -> None:
-    if out.exists() and not (out / MANIFEST_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out} is there already and is no export: name another place, or remove it.")
 
 
 def _refuse_inexact(towers: TwoTowers, approximate: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
@@ -186,3 +187,20 @@ def print_manifest(manifest: Manifest, folder: Path) -> None:
             print(
                 f"{task.bytes / told['concatenated_bytes']:.2f} of the concatenation's {told['concatenated_bytes']:,}"
             )
+
+
+def check_place(out: Path, manifest: str, option: str, what: str) -> None:
+    """Whether a folder can be written there: nothing is, or an earlier one, known by its manifest.
+
+    Raises:
+        UserError: something else is.
+    """
+    if out.exists() and not (out / manifest).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{option} {out} is there already and is no {what}: name another place, or remove it.")
+
+
+def take_place(partial: Path, out: Path) -> None:
+    """Let a folder that is whole take the place of an earlier one."""
+    if out.exists():
+        shutil.rmtree(out)
+    partial.rename(out)
