@@ -167,6 +167,18 @@ def test_the_least_temperature_is_exact_in_single_precision():
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
+def test_products_in_half_precision_are_near_and_reduce_in_single():
+    states, vectors = units(50).float().requires_grad_(), units(80).float().requires_grad_()
+    identity, found = torch.randint(0, 80, (50,)), []
+    for products in (None, torch.bfloat16):
+        term = Term(vectors[identity], Candidates(vectors, torch.arange(80), vectors.new_ones(80)), torch.inf)
+        loss = softmax_losses(states, identity, identity, [term], TAU, Reduction(), products=products)[0]
+        found.append((loss, *torch.autograd.grad(loss.sum(), (states, vectors))))
+    for exact, near in zip(*found, strict=True):
+        assert near.dtype == torch.float32 and not torch.equal(exact, near)
+        assert (near - exact).norm() < 0.01 * exact.norm()
+
+
 def test_nothing_to_compare_with_is_a_loss_of_nothing():
     s = units(3).float().requires_grad_()
     term = Term(units(3).float(), Candidates(s[:0], torch.arange(0), s[:0, 0]), 0.0)

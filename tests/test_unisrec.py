@@ -23,12 +23,13 @@ from sequence_batches import (
     make_rows,
     text_vectors,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_rec.errors import UserError
 from dist_rec.layers.augment import Draws
 from dist_rec.layers.reduction import Reduction
+from dist_rec.layers.whitening import WhiteningMixture
 from dist_rec.models.unisrec import UniSRec
 
 EVERY_ITEM = list(range(NUM_ITEMS))
@@ -386,6 +387,21 @@ def test_noise_and_dropout_are_of_training_only():
         assert float(whole(batch)["loss"]) == first
         whole.eval()
         assert float(whole(batch)["loss"]) == float(whole(batch)["loss"])
+
+
+def test_a_scaled_adaptor_reads_longer_vectors():
+    plain = WhiteningMixture(TEXT_WIDTH, 6, 3, 0.2, True)
+    scaled = WhiteningMixture(TEXT_WIDTH, 6, 3, 0.2, True, scale=15.0)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    scaled.load_state_dict(plain.state_dict())
+    x = torch.randn(7, TEXT_WIDTH)
+    for mode in (True, False):
+        found = []
+        for adaptor, given in ((plain.train(mode), 15 * x), (scaled.train(mode), x)):
+            torch.manual_seed(0)
+            found.append(adaptor(given))
+        torch.testing.assert_close(*found)
 
 
 def test_the_gates_noise_has_the_deviation_it_should():

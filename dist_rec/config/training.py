@@ -29,6 +29,8 @@ class DenseConfig:
     * `zero_stage`: 0 replicated, 1 optimizer state, 2 and gradients, 3 and parameters sharded.
     * `precision`: fp32 or bf16. fp16 is refused: its loss scaling reaches the tables'
       in-backward optimizer too late to be undone.
+    * `matmul_precision`: of fp32 matrix products in training, as `torch.set_float32_matmul_precision` has it: `highest`
+      is fp32; `high` allows TF32, and `medium` bf16 inside too, where a device has them. Evaluation takes `highest`.
     * `gradient_accumulation`: must be 1: tables step on every micro-batch, dense parameters
       would not.
     * `gradient_clipping`: norm; 0 is off. It sees dense parameters only.
@@ -42,6 +44,7 @@ class DenseConfig:
     eps: float = Field(default=1e-8, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: str = "fp32"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     gradient_accumulation: int = 1
     gradient_clipping: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)

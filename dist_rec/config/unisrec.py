@@ -19,11 +19,15 @@ class AdaptorConfig:
     * `experts`: G of them.
     * `dropout`: on the text's vector, before whitening.
     * `noise`: of the gate, in training.
+    * `scale`: what a text's vector is multiplied by before all that. Weights, positions and embeddings start to suit
+      BERT's [CLS], about 15 long, which the paper took; vectors of length 1, as sentence-transformers', are drowned by
+      them unless scaled up.
     """
 
     experts: int = Field(default=8, ge=1)
     dropout: float = Field(default=0.2, ge=0, lt=1)
     noise: bool = True
+    scale: float = Field(default=1.0, gt=0)
 
 
 @strict

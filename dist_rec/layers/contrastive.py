@@ -14,7 +14,7 @@ unit vector v_c, an identity and a weight w_c:
 Positions are gathered over ranks, each rank adds up its own candidates, and the sums are reduced: no rank sees
 another's candidates. Cosines bound the logits by 1 / tau, which is subtracted; no maximum is needed. Scores exist in
 chunks of `CHUNK` and, where there are more than `KEPT`, are computed again in backward: memory does not grow with
-positions times candidates.
+positions times candidates. A model in bf16 takes the products of chunks in bf16, their exponentials and sums in fp32.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ def softmax_losses(
     temperature: float,
     reduction: Reduction,
     official: bool = False,
+    products: torch.dtype | None = None,
 ) -> list[Tensor]:
     """l_p of this rank's positions for every term.
 
@@ -110,6 +111,7 @@ def softmax_losses(
         reduction: gathers positions and sums over ranks.
         official: keep every other occurrence of y_p in the denominator as exp(0) = 1, as the public code does, which
             sets those logits to 0 where it means to remove them.
+        products: of the products of states and candidates, here and in backward; None takes them as they are.
 
     Returns:
         `[P]` for each term.
@@ -122,7 +124,7 @@ def softmax_losses(
     sums, same = [], []
     for term in terms:
         pairs = _Pairs(gathered, identities.flatten(), sequences.flatten(), *term.candidates)
-        total, weight = _Partition.apply(temperature, official, *pairs)
+        total, weight = _Partition.apply(temperature, official, products or states.dtype, *pairs)
         sums.append(total)
         same.append(weight)
     totals = reduction.sum(torch.stack(sums))
@@ -151,30 +153,32 @@ class _Pairs(NamedTuple):
     weight: Tensor
     sequence: Tensor | None
 
-    def scores(self, rows: slice, columns: slice, temperature: float) -> tuple[Tensor, Tensor]:
+    def scores(self, states: Tensor, vectors: Tensor, rows: slice, columns: slice, temperature: float):
         """exp((s v - 1) / tau) of a chunk, 0 where a candidate is no negative; and where it is of the same item from
-        elsewhere."""
-        scores = (self.states[rows] / temperature) @ self.vectors[columns].t()
-        same = excluded = self.of_identity[rows, None] == self.identity[None, columns]
+        elsewhere. `states` are s / tau."""
+        scores = (states[rows] @ vectors[columns].t()).to(self.states.dtype)
+        differs = self.of_identity[rows, None] != self.identity[None, columns]
+        same = ~differs
         if self.sequence is not None:
-            own = self.of_sequence[rows, None] == self.sequence[None, columns]
-            same, excluded = same & ~own, same | own
-        return scores.sub_(1 / temperature).exp_().masked_fill_(excluded, 0), same
+            elsewhere = self.of_sequence[rows, None] != self.sequence[None, columns]
+            differs, same = differs & elsewhere, same & elsewhere
+        return scores.sub_(1 / temperature).exp_().mul_(differs), same
 
 
 class _Partition(torch.autograd.Function):
     """Of `_Pairs` `(sum_c w_c exp((s_p v_c - 1) / tau), sum_c w_c)`, both `[P]`: the first over p's negatives, the
-    second, 0 if not asked for, over candidates of its item from elsewhere."""
+    second, 0 if not asked for, over candidates of its item from elsewhere. Matrix products are in `products`."""
 
     @staticmethod
-    def forward(ctx, temperature, count_same, *pairs):
-        ctx.temperature = temperature
+    def forward(ctx, temperature, count_same, products, *pairs):
+        ctx.temperature, ctx.products = temperature, products
         of = _Pairs(*pairs)
+        states, vectors = (of.states / temperature).to(products), of.vectors.to(products)
         weight, size = of.weight.to(of.states.dtype), len(of.states)
         total, of_same = (of.states.new_zeros(size) for _ in range(2))
         kept = []
         for rows, columns in _chunks(of.states, of.vectors):
-            scores, same = of.scores(rows, columns, temperature)
+            scores, same = of.scores(states, vectors, rows, columns, temperature)
             total[rows] += scores @ weight[columns]
             if count_same:
                 of_same[rows] += same.to(weight.dtype) @ weight[columns]
@@ -191,12 +195,14 @@ class _Partition(torch.autograd.Function):
         pairs, kept = _Pairs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
         of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
         weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
-        for i, (rows, columns) in enumerate(_chunks(pairs.states, pairs.vectors)):
-            scores = kept[i] if kept else pairs.scores(rows, columns, ctx.temperature)[0]
-            scores = (scores * weight[columns]).mul_(gradient[rows, None])
-            of_states[rows].addmm_(scores, pairs.vectors[columns])
-            of_vectors[columns].addmm_(scores.t(), pairs.states[rows])
-        return None, None, of_states, None, None, of_vectors, None, None, None
+        states, vectors = pairs.states.to(ctx.products), pairs.vectors.to(ctx.products)
+        divided = None if kept else (pairs.states / ctx.temperature).to(ctx.products)
+        for i, (rows, columns) in enumerate(_chunks(states, vectors)):
+            scores = kept[i] if kept else pairs.scores(divided, vectors, rows, columns, ctx.temperature)[0]
+            scores = (scores * weight[columns]).mul_(gradient[rows, None]).to(ctx.products)
+            of_states[rows] += scores @ vectors[columns]
+            of_vectors[columns] += scores.t() @ states[rows]
+        return None, None, None, of_states, None, None, of_vectors, None, None, None
 
 
 def _chunks(states: Tensor, vectors: Tensor) -> Iterator[tuple[slice, slice]]:

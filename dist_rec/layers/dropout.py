@@ -33,4 +33,5 @@ class Dropout(nn.Dropout):
             return super().forward(x)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - LEVELS // 2
-        return _Drop.apply(x, kept, LEVELS / (LEVELS - dropped))
+        # Products with bytes are up to four times as fast as products with booleans.
+        return _Drop.apply(x, kept.view(torch.uint8), LEVELS / (LEVELS - dropped))

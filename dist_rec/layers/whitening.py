@@ -2,7 +2,7 @@
 
     x_k  = (dropout(x) - b_k) W_k                          k = 1 .. G, each with a dropout of its own
     g    = softmax(x W_gate + delta),   delta = N(0, 1) * (softplus(x W_noise) + 0.01) in training, else 0
-    v    = sum_k g_k x_k
+    v    = sum_k g_k x_k                                   x is the text's vector times `scale`
 
 Dropout before the subtraction, the gate on x as it is, and the least deviation of 0.01 are the public code's. The
 softmax is dense: every expert sees every text. Nothing balances the experts' loads.
@@ -33,10 +33,12 @@ class WhiteningMixture(nn.Module):
         experts: G.
         dropout: on x, in training.
         noise: of the gate, in training.
+        scale: of x.
     """
 
-    def __init__(self, inputs: int, width: int, experts: int, dropout: float, noise: bool) -> None:
+    def __init__(self, inputs: int, width: int, experts: int, dropout: float, noise: bool, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(experts, inputs, width))
         self.bias = nn.Parameter(torch.zeros(experts, inputs))
         self.gate = nn.Parameter(torch.zeros(inputs, experts))
@@ -47,6 +49,7 @@ class WhiteningMixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` `[T, D]`, T may be 0 -> `[T, H]`."""
+        x = x * self.scale
         gates = self.gates(x)
         dropped = self.dropout(x.expand(len(self.weight), *x.shape))
         # (x - b) W = x W - b W, and b W is one row an expert.
@@ -54,7 +57,7 @@ class WhiteningMixture(nn.Module):
         return torch.einsum("tg,gth->th", gates, experts)
 
     def gates(self, x: Tensor) -> Tensor:
-        """Share of each expert in each text, `[T, G]`, rows adding up to 1."""
+        """Share of each expert in each `x` `[T, D]`: `[T, G]`, rows adding up to 1."""
         logits = x @ self.gate
         if self.training and self.gate_noise is not None:
             deviation = F.softplus(x @ self.gate_noise) + LEAST_DEVIATION

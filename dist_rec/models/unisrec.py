@@ -125,7 +125,7 @@ class UniSRec(nn.Module):
             self.item_text = _only(schema, "item", "text", features)
             adaptor = config.adaptor
             sizes = (text_width, config.width, adaptor.experts)
-            self.adaptor = WhiteningMixture(*sizes, dropout=adaptor.dropout, noise=adaptor.noise)
+            self.adaptor = WhiteningMixture(*sizes, adaptor.dropout, adaptor.noise, adaptor.scale)
         if config.with_ids and (dim := table_dims[schema.table_of(self.item)]) != config.width:
             raise UserError(
                 f"table {schema.table_of(self.item)!r} is {dim} wide and model.width is {config.width}: an item's "
@@ -208,9 +208,8 @@ class UniSRec(nn.Module):
             copies = Candidates(partners, identity, paired.to(state.dtype), batch.row[rows])
             terms.append(Term(partners, copies, 0.0))
             valid.append(paired)
-        losses = softmax_losses(
-            state, identity, batch.row[rows], terms, self.config.temperature, self.reduction, self.config.official
-        )
+        settings = (self.config.temperature, self.reduction, self.config.official, states.dtype)
+        losses = softmax_losses(state, identity, batch.row[rows], terms, *settings)
         output = self._total(torch.stack(losses, 1), torch.stack(valid, 1))
         if not self.training:
             states, targets = (place(x, rows, len(batch)) for x in (state, positives))

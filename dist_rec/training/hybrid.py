@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class Hybrid:
         device: of this rank.
         factor: learning rate factor by step.
         start: steps that an earlier run has done.
+        matmul_precision: of training's fp32 matrix products, as `torch.set_float32_matmul_precision` names it.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Hybrid:
         device: torch.device,
         factor: Callable[[int], float],
         start: int = 0,
+        matmul_precision: str = "highest",
     ) -> None:
+        self.matmul_precision = matmul_precision
         self.tables, self.sharded, self.engine, self.device = tables, sharded, engine, device
         self.optimizer = _AllOptimizers(sharded, engine, factor, start)
         self.pipeline = _Pipeline(
@@ -106,7 +110,8 @@ class Hybrid:
         self.sharded.train()
         self.engine.train()
         try:
-            return self.pipeline.progress(batches)
+            with _matmul_precision(self.matmul_precision):
+                return self.pipeline.progress(batches)
         except StopIteration:
             return None
 
@@ -121,3 +126,13 @@ class Hybrid:
                 yield batch, self._forward(batch)[1]
         # Left to itself, the pipeline would send the ids of the batches in flight around once more.
         self.pipeline.attach(sparse_dist=False)
+
+
+@contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,10 @@ import torch.distributed as dist
 from ..config import Config
 from ..errors import UserError
 from ..launch import fresh_store
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,20 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _keep_freed_memory() -> None:
+    """Have malloc keep freed blocks up to `KEPT_BYTES` each for the next step.
+
+    Left to itself it maps every large tensor anew, whose pages then come one fault at a time: an elementwise product of
+    13 million floats took 34 ms, and 4 ms in kept memory. A user's own settings (mallopt(3)) stay.
+    """
+    if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
+        return
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+
+
 @contextmanager
 def process_group(config: Config, device: torch.device) -> Iterator[Process]:
     """Join the ranks (alone without torchrun), and leave them when all are done.
@@ -84,6 +103,7 @@ def process_group(config: Config, device: torch.device) -> Iterator[Process]:
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    _keep_freed_memory()
     # DeepSpeed guesses its accelerator at import; the run's choice must win.
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":

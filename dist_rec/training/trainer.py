@@ -64,7 +64,15 @@ class Trainer:
         tables, sharded, plan = build_tables(prepared, process, plan_to_keep(earlier, process, config))
         self.plan = describe_plan(plan)
         self.engine = build_engine(prepared, process, batch_rows, start)
-        self.hybrid = Hybrid(tables, sharded, self.engine, process.device, self._learning_rate_factor, self.step)
+        self.hybrid = Hybrid(
+            tables,
+            sharded,
+            self.engine,
+            process.device,
+            self._learning_rate_factor,
+            self.step,
+            config.dense.matmul_precision,
+        )
         if earlier:
             self.converted += checkpoint.load_tables(earlier, sharded)
             checkpoint.load_dense_into_engine(earlier, self.engine)
