@@ -126,6 +126,11 @@ def test_an_index_that_cannot_be_is_refused(kind, keys, fault):
         build_index(parse_index(kind, keys), WIDTH, COUNT, pieces(clustered()))
 
 
+def test_one_vector_is_too_few_to_learn_codes_from():
+    with pytest.raises(UserError, match="learns its codes from the vectors, and there is 1: take flat"):
+        build_index(parse_index("pq", {}), WIDTH, 1, pieces(clustered()[:1]))
+
+
 def write_parts(folder, vectors: dict[str, np.ndarray], ranks: int, key: bool) -> Parts:
     """Items or users of several ranks, in order."""
     count = len(next(iter(vectors.values())))

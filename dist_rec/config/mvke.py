@@ -156,7 +156,9 @@ class ObjectiveConfig:
 class MVKEConfig:
     """Mixture of virtual-kernel experts (KDD'22) and its baselines.
 
-    * `preset`: whose word is taken where the paper and its public code differ and nothing else is said.
+    * `preset`: whose word is taken where the paper and its public code differ and nothing else is said. The config that
+      a run leaves says everything, so that over it another preset is but a name.
+    * `kernels`, `gate`: of `user.kind: mvke` alone.
     * `width`: d, of fields, kernels and vectors.
     * `tasks`: by name; empty takes every label of the schema.
     * `embedding_l2`: as the foundation's.

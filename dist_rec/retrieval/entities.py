@@ -82,7 +82,8 @@ def user_key(schema: Schema, towers: TwoTowers) -> str:
     if schema.keys.user is None:
         raise UserError(
             f"schema {schema.name!r} has no keys.{'query' if of_queries else 'user'}, so the rows of one cannot be "
-            "told from those of another: name its raw column in the schema and build the data set again."
+            "told from those of another: name its raw column in the schema and build the data set again, or export "
+            "items alone (--users none)."
         )
     return "user"
 

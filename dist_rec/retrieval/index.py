@@ -81,8 +81,10 @@ class IndexConfig:
             codes = self.codes or max(m for m in range(1, max(width // 4, 1) + 1) if width % m == 0)
             if width % codes:
                 raise UserError(f"--index.codes is {codes}, which does not divide the vectors' width {width}.")
+            if count < 2:
+                raise UserError(f"--index pq learns its codes from the vectors, and there is {count}: take flat.")
             bits = self.bits or min(8, int(math.log2(count)))
-            if 2**bits > count or not bits:
+            if 2**bits > count:
                 raise UserError(
                     f"--index.bits is {bits}: its {2**bits} codes are learned from more than {count} vectors."
                 )
