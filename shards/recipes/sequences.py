@@ -14,7 +14,8 @@ how many users and items it shares with every domain, counted from both sides.
 A data set to finetune a pretrained run on --extends what that was trained on.
 
 Which public domains there are: `sequence_sources.py`. The paper's own domains (amazon_food and so on), for
-whoever has the raw files: `amazon2018.py`. Unlike the others these look for their files in --raw itself.
+whoever has the raw files: `amazon2018.py`. Unlike the others these look for their files in --raw itself. A domain of
+your own, of any other name, comes from --interactions and --items: `own_sequences.py`.
 """
 
 from __future__ import annotations
@@ -22,50 +23,83 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from amazon2018 import RAW_SOURCES
 from common import SCHEMAS, arguments, build_parts, positive, raw_root, run, workspace, write_part
 from overlap import Overlap
-from sequence_rows import capped, framed, sequence_tables, statistics, training_only, without
+from own_sequences import COLUMNS, TEXTS, Own
+from sequence_rows import Sequences, capped, framed, sequence_tables, statistics, training_only, without
 from sequence_sources import SOURCES as PUBLIC_SOURCES
 
 from dist_rec.errors import UserError, nearest
 from dist_rec.schema import Schema, load_schema
 
-SOURCES = PUBLIC_SOURCES | RAW_SOURCES
+Source = Callable[[str, Path], Sequences]
+SOURCES: dict[str, Source] = PUBLIC_SOURCES | RAW_SOURCES
 STATISTICS_NAME = "statistics.json"
 OVERLAP_NAME = "overlap.json"
 
 
-def sequence_schema(domains: Sequence[str], max_length: int = 50) -> Schema:
-    """The common schema, with only the named domains (in the schema's order).
+def sequence_schema(domains: Sequence[str], max_length: int = 50, sources: Mapping[str, Source] = SOURCES) -> Schema:
+    """The common schema, with only the named domains (in the schema's order, then one's own).
 
     Raises:
         UserError: a name is unknown, or there is none; says which are known.
     """
     schema = load_schema(SCHEMAS / "sequences.yaml")
-    known = schema.domains.names
-    _check_names(domains, "--domains")
+    _check_names(domains, "--domains", sources)
     features = {
         name: dataclasses.replace(feature, max_length=max_length) if feature.role == "history" else feature
         for name, feature in schema.features.items()
     }
-    kept = dataclasses.replace(schema.domains, names=[name for name in known if name in domains])
+    names = [*schema.domains.names, *(name for name in domains if name not in schema.domains.names)]
+    kept = dataclasses.replace(schema.domains, names=[name for name in names if name in domains])
     return dataclasses.replace(schema, domains=kept, features=features)
 
 
-def _check_names(names: Sequence[str], option: str) -> None:
+def _check_names(names: Sequence[str], option: str, sources: Mapping[str, Source]) -> None:
+    known = ", ".join(sources)
     if not names:
-        raise UserError(f"{option} names no domain; known: {', '.join(SOURCES)}.")
+        raise UserError(f"{option} names no domain; known: {known}.")
     for name in names:
-        if name not in SOURCES:
-            raise UserError(f"{option}: unknown domain {name!r}.{nearest(name, SOURCES)} Known: {', '.join(SOURCES)}.")
+        if name not in sources:
+            raise UserError(
+                f"{option}: unknown domain {name!r}.{nearest(name, sources)} Known: {known}. One of your own needs "
+                "--interactions and --items."
+            )
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def own_sources(options: argparse.Namespace) -> dict[str, Source]:
+    """The domain that --interactions and --items are of, if they are given.
+
+    Raises:
+        UserError: they are half given, or not for one new name; a column is renamed that there is not.
+    """
+    if options.interactions is None and options.items is None:
+        return {}
+    if options.interactions is None or options.items is None:
+        raise UserError("a domain of your own needs both --interactions and --items.")
+    new = [name for name in options.domains if name not in SOURCES]
+    if len(new) != 1 or not re.fullmatch(r"\w+", new[0]):
+        raise UserError(
+            f"--interactions and --items are of one domain of your own: --domains has to name it, in letters, digits "
+            f"and _, and names {', '.join(new) or 'none'} beside the known ones."
+        )
+    columns = dict(COLUMNS)
+    for pair in options.columns:
+        ours, _, name = pair.partition("=")
+        if ours not in COLUMNS or not name:
+            raise UserError(f"--columns {pair}: is {' or '.join(f'{one}=NAME' for one in COLUMNS)}.")
+        columns[ours] = name
+    own = Own(options.interactions, options.items, columns, tuple(options.text), options.core)
+    return {new[0]: lambda domain, _: own.sequences(domain)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,6 +116,14 @@ def parser() -> argparse.ArgumentParser:
         type=_names,
         default=[],
         help="targets whose users and items are left out (needs --train-only)",
+    )
+    own = options.add_argument_group("a domain of your own, which --domains names")
+    own.add_argument("--interactions", metavar="FILES", help="who had what when: Parquet, CSV, TSV, JSON lines")
+    own.add_argument("--items", metavar="FILES", help="an item a row, with its texts")
+    own.add_argument("--columns", metavar="user=A,item=B,time=C", type=_names, default=[], help="theirs, if others")
+    own.add_argument("--text", metavar="A,B", type=_names, default=list(TEXTS), help=f"default: {','.join(TEXTS)}")
+    own.add_argument(
+        "--core", metavar="N", type=positive, default=1, help="least events of users and items (default: 1)"
     )
     return options
 
@@ -108,20 +150,21 @@ def main() -> None:
     from dist_rec.data.build import Split
 
     options = parser().parse_args()
-    schema = sequence_schema(options.domains, options.max_length)
+    sources = SOURCES | own_sources(options)
+    schema = sequence_schema(options.domains, options.max_length, sources)
     named = list(dict.fromkeys([*options.without_overlap, *options.overlap_with]))
     if named:
-        _check_names(named, "--overlap-with and --without-overlap")
+        _check_names(named, "--overlap-with and --without-overlap", sources)
     if options.without_overlap and not options.train_only:
         raise UserError("--without-overlap leaves items out that valid and test rows are about: add --train-only.")
     if both := [name for name in options.domains if name in options.without_overlap]:
         raise UserError(f"--without-overlap would leave nothing of {', '.join(both)}: take it out of --domains.")
     root = raw_root(options.raw)
-    overlap = Overlap([SOURCES[name](name, root) for name in named], options.without_overlap)
+    overlap = Overlap([sources[name](name, root) for name in named], options.without_overlap)
     counts, parts = {}, []
     with workspace(options.out) as folder:
         for domain in schema.domains.names:
-            sequences = SOURCES[domain](domain, root)
+            sequences = sources[domain](domain, root)
             if options.train_only:
                 sequences = training_only(sequences)
             users, items = overlap.add(sequences)
