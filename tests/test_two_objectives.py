@@ -139,3 +139,24 @@ def test_what_cannot_be_is_said(tmp_path):
     ):
         done = run_command([sys.executable, str(RECIPE), "--out", str(tmp_path / "out"), *arguments], 60)
         assert done.returncode == 2 and fault in done.stderr, done.stderr
+
+
+def test_films_never_rated_stand_beside_each_rating(raw, recipe):
+    split = common.split_times(raw.time)
+    wider, dealt = recipe.with_unseen(raw, split, recipe.Sampling(2))
+    n, films = len(raw.movie), len(raw.movies)
+    assert len(wider.movie) == len(dealt) == 3 * n
+    for wide, own in ((wider.user, raw.user), (wider.time, raw.time), (dealt, split)):
+        np.testing.assert_array_equal(wide, np.concatenate([own, np.repeat(own, 2)]))
+    pairs, rated = wider.user * films + wider.movie, raw.user * films + raw.movie
+    np.testing.assert_array_equal(pairs[:n], rated)
+    assert not np.isin(pairs[n:], rated).any() and len(np.unique(wider.movie[n:])) == films
+    rows, _ = recipe.movielens_rows(wider, "title", dealt)
+    assert int(np.sum(rows["like"].to_numpy())) == 575_281 and int(np.sum(rows["love"].to_numpy())) == 226_310
+
+
+@pytest.mark.parametrize("words", [("--data", "hillstrom"), ("--data", "movielens", "--tag", "genre")])
+def test_negatives_are_films(tmp_path, words):
+    command = [sys.executable, str(RECIPE), "--out", str(tmp_path / "x"), "--raw", str(RAW), "--negatives", "1", *words]
+    done = run_command(command, 120)
+    assert done.returncode == 2 and "--negatives are films of movielens" in done.stderr

@@ -8,9 +8,10 @@ Both are proxies for clicks and conversions: nobody publishes those with profile
 
 `movielens`: ratings of MovieLens-1M. A user *likes* a film that he gives 4 or 5 stars, and *loves* one that he gives 5.
 The tag is the film (`--tag title`), or a genre (`--tag genre`: a row for each genre of the rated film). Histories are
-liked tags, of training rows strictly before. Splits: time:8,1,1 (default; training has no row of half the users of the
-valid tenth, and of a sixth of those of the test tenth), or random:8,1,1 by rating; the genres of one rating are in one
-part.
+liked tags, of training rows strictly before. Whoever rates a film has chosen it: for models that are to find films,
+`--negatives N` adds beside each rating N films that its user never rated, neither liked nor loved. Splits: time:8,1,1
+(default; training has no row of half the users of the valid tenth, and of a sixth of those of the test tenth), or
+random:8,1,1 by rating; the genres of one rating are in one part.
 
 `hillstrom`: the MineThatData e-mail challenge, 64,000 customers of a shop with what they had bought before, one of
 three e-mails sent at random (men's, women's, none), which is the tag, and whether they *visited* and *bought* within
@@ -36,6 +37,7 @@ from common import (
     Part,
     arguments,
     build_parts,
+    positive,
     raw_folder,
     raw_root,
     reading,
@@ -48,7 +50,9 @@ from common import (
     write_part,
 )
 from movielens import RAW_FOLDER, MovieLens, find_raw, load
+from rows import Owned, Sampling, Targets, sample_negatives
 
+from dist_rec.data.rows import Ragged
 from dist_rec.errors import UserError
 from dist_rec.schema import Schema, load_schema
 
@@ -83,6 +87,23 @@ def rating_tags(raw: MovieLens, tag: str) -> tuple[np.ndarray, pa.Table, pa.Tabl
     names = genres.flatten().take(pa.array(starts[raw.movie][rating] + within))
     every = pa.array(sorted(set(genres.flatten().to_pylist())))
     return rating, pa.table({"item_id": names, "title": names}), pa.table({"item_id": every, "title": every})
+
+
+def with_unseen(raw: MovieLens, split: np.ndarray, sampling: Sampling) -> tuple[MovieLens, np.ndarray]:
+    """Ratings, and beside each films that its user never rated, of rating 0, the same moment and part.
+
+    Args:
+        split: int64 `[ratings]`.
+    """
+    none = Ragged.from_lengths(np.zeros(0, np.int64), np.zeros(len(raw.movie), np.int64))
+    nobody = pa.nulls(len(raw.movie), pa.string())
+    targets = Targets(raw.movie, none, split, raw.user, nobody, nobody)
+    drawn = sample_negatives("movielens", targets, Owned(raw.user, raw.movie), len(raw.movies), sampling)
+    rating, column = np.nonzero(drawn >= 0)
+    beside = {"movie": drawn[rating, column], "rating": np.zeros(len(rating), raw.rating.dtype)}
+    beside |= {"user": raw.user[rating], "time": raw.time[rating]}
+    joined = {name: np.concatenate([getattr(raw, name), values]) for name, values in beside.items()}
+    return replace(raw, **joined), np.concatenate([split, split[rating]])
 
 
 def movielens_rows(raw: MovieLens, tag: str, split: np.ndarray) -> tuple[pa.Table, pa.Table]:
@@ -142,6 +163,12 @@ def parser() -> argparse.ArgumentParser:
     options = arguments(__doc__)
     options.add_argument("--data", choices=sorted(DEFAULT_SPLITS), required=True)
     options.add_argument("--tag", choices=("title", "genre"), default="title", help="of movielens (default: title)")
+    options.add_argument(
+        "--negatives",
+        type=positive,
+        default=0,
+        help="films never rated beside each rating, of movielens (default: none)",
+    )
     options.add_argument("--split", help="random:8,1,1, or, of movielens, time:8,1,1 (default: see above)")
     return options
 
@@ -156,6 +183,8 @@ def main() -> None:
         raise UserError(f"--split is random:8,1,1{' or time:8,1,1' * (data == 'movielens')} here, got {options.split}.")
     if data == "hillstrom" and options.tag != "title":
         raise UserError("--tag is of movielens: hillstrom's tags are its e-mails.")
+    if options.negatives and (data == "hillstrom" or options.tag != "title"):
+        raise UserError("--negatives are films of movielens: leave out --tag genre and --data hillstrom.")
     schema = load_schema(SCHEMAS / f"two_objectives_{data}.yaml")
     if data == "movielens":
         packed = raw_root(options.raw) / RAW_FOLDER
@@ -164,6 +193,8 @@ def main() -> None:
             dealt = split_times(raw.time, split.weights)
         else:
             dealt = split_groups(stable_hash(str(n) for n in range(len(raw.time))), options.seed, split.weights)
+        if options.negatives:
+            raw, dealt = with_unseen(raw, dealt, Sampling(options.negatives, seed=options.seed))
         rows, catalogue = movielens_rows(raw, options.tag, dealt)
         if options.tag == "genre":
             schema = replace(schema, features={n: f for n, f in schema.features.items() if n not in OF_FILMS})
