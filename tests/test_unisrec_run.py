@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import run_command
 from finetunes import tensors
+from safetensors.torch import load_file
 from sequence_sets import NUM_ITEMS, NUM_USERS, WIDTH, build_sequences, config_of, item_rows, sequence_rows
 
 from dist_rec.config import Config, load_config
@@ -267,3 +268,35 @@ def test_a_pretrained_run_is_finetuned_with_ids(runs):
         assert torch.equal(before[name], after[name]) == stays, name
     assert manifest.dense.keys() == checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
     assert evaluation(run)["overall"]["next"]["rows"] == NUM_USERS
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"contrast": {"weight": 0.1, "item_drop_share": 1.0}},
+        {"item": "text+id", "loss": "full", "contrast": {"weight": 0.0}},
+    ],
+    ids=["in_batch", "full"],
+)
+def test_a_language_model_is_trained_along(tmp_path, tiny_model, model):
+    """Its texts' tokens come with the rows and the catalogue; ranks encode their own."""
+    data = build_sequences(tmp_path, tokenizer=tiny_model)
+    tree = config_of(data, None, **model)
+    tree["text"] = {"mode": "full", "model": tiny_model, "learning_rate": 0.01}
+    tree["run"]["root"] = str(tmp_path / "runs")
+    (path := tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    runs = [tmp_path / "runs" / f"of-{ranks}" for ranks in (1, 2)]
+    for ranks, run in enumerate(runs, 1):
+        dist_rec("train", path, "--run.name", run.name, "--nproc-per-node", str(ranks))
+    one, two = map(losses, runs)
+    # What is dropped from copies is drawn by each rank.
+    steps = 1 if "sequence_sequence" in one[0] else len(one)
+    found, wanted = ([step["sequence_item"] for step in run][:steps] for run in (two, one))
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert one[-1]["loss"] < one[0]["loss"]
+    start, words = load_file(f"{tiny_model}/model.safetensors"), "embeddings.word_embeddings.weight"
+    (trained,) = (value for name, value in tensors(runs[1]).items() if name.endswith(words))
+    moved = (trained.view_as(start[words]) - start[words]).abs().amax(1) > 0
+    assert 10 < int(moved.sum()) < 200  # the words that occur
+    dist_rec("evaluate", runs[1], "--nproc-per-node", "1")
+    assert evaluation(runs[1])["overall"]["next"] == pytest.approx(evaluation(runs[0])["overall"]["next"], abs=0.05)
