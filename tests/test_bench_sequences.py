@@ -23,7 +23,7 @@ from dist_rec.models.unisrec import UniSRec
 from dist_rec.text.embed import embed
 
 STILL = {
-    "adaptor": AdaptorConfig(experts=3, dropout=0.0, noise=False),
+    "adaptor": AdaptorConfig(experts=3, dropout=0.0, noise=False, scale=3.0),
     "encoder": SequenceEncoderConfig(feedforward=32, dropout=0.0, attention_dropout=0.0, max_length=12),
 }
 

@@ -167,7 +167,9 @@ def test_the_least_temperature_is_exact_in_single_precision():
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-def test_products_in_half_precision_are_near_and_reduce_in_single():
+@pytest.mark.parametrize("kept", [contrastive.KEPT, 0], ids=["kept", "computed again"])
+def test_products_in_half_precision_are_near_and_reduce_in_single(monkeypatch, kept):
+    monkeypatch.setattr(contrastive, "KEPT", kept)
     states, vectors = units(50).float().requires_grad_(), units(80).float().requires_grad_()
     identity, found = torch.randint(0, 80, (50,)), []
     for products in (None, torch.bfloat16):

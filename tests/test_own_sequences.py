@@ -6,8 +6,11 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dist_rec.data.index import read_index
@@ -15,6 +18,7 @@ from dist_rec.data.index import read_index
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "shards" / "recipes"))
 
+import overlap  # noqa: E402
 import own_sequences  # noqa: E402
 import sequence_rows  # noqa: E402
 
@@ -87,24 +91,75 @@ def test_few_events_can_be_asked_to_go(files):
             "logs.csv",
             "seen_at",
             "saen_at",
-            r"no column 'seen_at' for time. Did you mean 'saen_at'\?.*--columns time=NAME",
+            r".*no column 'seen_at' for time. Did you mean 'saen_at'\?.*--columns time=NAME",
         ),
-        ("logs.csv", "ann,jug,2024-01-01", "ann,jug,", "row 4 has no seen_at"),
+        ("logs.csv", "ann,jug,2024-01-01", "ann,jug,", r".*logs.csv has a row without seen_at"),
         ("logs.csv", "2024-02-01", "yesterday", "column seen_at: 'yesterday' in .* is neither seconds nor a date"),
-        ("items.jsonl", '"cup"', '"tea"', "item 'tea' more than once: keep one row an item"),
-        ("items.jsonl", '"cup"', "null", "has a row without an item"),
+        ("logs.csv", "2024-02-01", "1706745600000", ".*1706745600000 seconds, which looks like milliseconds"),
+        ("logs.csv", EVENTS.split("\n", 1)[1], "", ".*logs.csv has no rows"),
+        (
+            "logs.csv",
+            EVENTS,
+            re.sub(",(tea|cup|jug)", r",0\1", EVENTS),
+            ".*none of 8 events is of an item of .*'0tea', and.* is 'tea'",
+        ),
+        ("items.jsonl", '"cup"', '"tea"', ".*item 'tea' more than once: keep one row an item"),
+        ("items.jsonl", '"cup"', "null", ".*items.jsonl has a row without sku"),
+        ("items.jsonl", '"cup"', '["cup"]', None),
     ],
 )
 def test_wrong_files_are_refused_in_words(files, name, old, new, fault):
     path = files / name
+    assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
-    with pytest.raises(UserError, match=fault):
+    if fault is None:  # an id is what it is written as, and this one is of no event
+        assert own(files).sequences("kiosk").left_out["events of items that the items lack"] == 3
+        return
+    with pytest.raises(UserError) as refused:
         own(files).sequences("kiosk")
+    assert re.match(fault, str(refused.value)), refused.value
+
+
+def test_baskets_are_no_events(files):
+    pq.write_table(pa.table({"visitor": ["a"], "sku": [["tea", "cup"]], "seen_at": [1]}), files / "logs.parquet")
+    with pytest.raises(UserError, match=r"column 'sku' holds VARCHAR\[\], and one item a row is needed"):
+        own_sequences.Own(str(files / "logs.parquet"), str(files / "items.jsonl"), COLUMNS, ("name",)).sequences("x")
 
 
 def test_texts_have_to_be_there(files):
-    with pytest.raises(UserError, match="none of the texts title: it has name, sku, tags. Name them with --text"):
-        own(files, texts=("title",)).sequences("kiosk")
+    with pytest.raises(UserError, match="no text titel. It has name, sku, tags: name its texts with --text"):
+        own(files, texts=("name", "titel")).sequences("kiosk")
+    with pytest.raises(UserError, match="no text title or categories or brand"):
+        own(files, texts=None).sequences("kiosk")
+
+
+def test_files_of_items_may_have_other_texts_and_lists_in_any_form(files):
+    (files / "items.jsonl").unlink()
+    (files / "items.0.csv").write_text('sku,name\ntea,Tea\ncup,"[""small"",""cup""]"\n')
+    pq.write_table(pa.table({"sku": ["jug"], "name": ["Jug"], "tags": [["clay", "old"]]}), files / "items.1.parquet")
+    given = own_sequences.Own(str(files / "logs.csv"), str(files / "items.*"), COLUMNS, ("name", "tags"))
+    assert given.sequences("kiosk").catalog.texts.to_pylist() == ["Tea.", "small cup.", "Jug. clay old."]
+
+
+def test_order_is_to_the_microsecond_and_the_same_in_every_time_zone(files, monkeypatch):
+    moments = ("2024-11-03 01:30:00.000003", "2024-11-03 01:30:00.000002", "2024-11-03 01:30:00.000001")
+    events = "".join(f"ann,{item},{at}\n" for item, at in zip(("tea", "cup", "jug"), moments, strict=True))
+    (files / "logs.csv").write_text("visitor,sku,seen_at\n" + events)
+    found = []
+    for zone in ("UTC", "America/New_York"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        targets = own(files).sequences("kiosk").targets
+        newest = targets.split.tolist().index(2)
+        assert targets.history.values[targets.history.offsets[newest] :][:2].tolist() == [2, 1]
+        found.append(targets.time.to_pylist())
+    assert found[0] == found[1] == [1730597400] * len(found[0])
+
+
+def test_what_it_shares_with_a_target_is_told_by_titles(files):
+    mine, others = own(files).sequences("kiosk"), own(files, texts=("name",)).sequences("stall")
+    _, shared = overlap.shared_items(overlap.Identities(mine), overlap.Identities(others))
+    assert shared.tolist() == [True, True, False, True]
 
 
 def recipe(*words: str | Path) -> subprocess.CompletedProcess:
@@ -131,6 +186,10 @@ def test_from_the_command_line_to_a_data_set_and_one_that_extends_it(files):
     [
         (["--domains", "kiosk", "--interactions", "x.csv"], "needs both --interactions and --items"),
         (["--domains", "toys", "--interactions", "x.csv", "--items", "y.csv"], "and names none beside the known ones"),
+        (
+            ["--domains", "toys", "--core", "5", "--text", "name"],
+            "--text and --core: of a domain of your own, which needs",
+        ),
         (["--domains", "kiosk"], "unknown domain 'kiosk'.* One of your own needs --interactions and --items"),
         (
             ["--domains", "kiosk", "--interactions", "x.csv", "--items", "y.csv", "--columns", "who=visitor"],

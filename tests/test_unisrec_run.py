@@ -300,3 +300,22 @@ def test_a_language_model_is_trained_along(tmp_path, tiny_model, model):
     assert 10 < int(moved.sum()) < 200  # the words that occur
     dist_rec("evaluate", runs[1], "--nproc-per-node", "1")
     assert evaluation(runs[1])["overall"]["next"] == pytest.approx(evaluation(runs[0])["overall"]["next"], abs=0.05)
+
+
+def test_matrix_products_are_as_exact_as_asked_for(sequences, monkeypatch):
+    """Training takes fp32 ones by `matmul_precision` and those of a bf16 model in bf16; evaluation highest always."""
+    tree = tree_of(sequences, "full")
+    tree["dense"] = {"precision": "bf16", "matmul_precision": "medium"}
+    (path := sequences / "exact.yaml").write_text(yaml.safe_dump(tree))
+    # Takes torch away from "highest" at its start.
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    words = ["tests/precision_worker.py", sequences / "seen"]
+    for verb in (["train", path, "--run.name", "exact"], ["evaluate", sequences / "runs" / "exact"]):
+        done = run_command([sys.executable, *map(str, [*words, *verb])], SECONDS)
+        assert done.returncode == 0, done.stderr
+    seen = (sequences / "seen").read_text().splitlines()
+    assert set(seen) == {
+        "train medium torch.bfloat16",
+        "evaluate highest torch.bfloat16",
+        "evaluate highest torch.float32",
+    }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.unisrec import ContrastConfig, SequenceEncoderConfig, UniSRecConfig
+from ..config.unisrec import AdaptorConfig, ContrastConfig, SequenceEncoderConfig, UniSRecConfig
 from ..data.batch import Batch
 from ..errors import UserError
 from ..models.unisrec import UniSRec
@@ -100,14 +100,15 @@ class Whitening(nn.Module):
 class Adaptor(nn.Module):
     """Mixture of whitenings under a noisy gate, on `[..., D]`."""
 
-    def __init__(self, inputs: int, width: int, experts: int, dropout: float, noise: bool) -> None:
+    def __init__(self, inputs: int, width: int, config: AdaptorConfig) -> None:
         super().__init__()
-        self.experts = nn.ModuleList([Whitening(inputs, width, dropout) for _ in range(experts)])
-        self.gate = nn.Parameter(torch.zeros(inputs, experts))
-        self.gate_noise = nn.Parameter(torch.zeros(inputs, experts))
-        self.noise = noise
+        self.scale, self.noise = config.scale, config.noise
+        self.experts = nn.ModuleList([Whitening(inputs, width, config.dropout) for _ in range(config.experts)])
+        self.gate = nn.Parameter(torch.zeros(inputs, config.experts))
+        self.gate_noise = nn.Parameter(torch.zeros(inputs, config.experts))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
         logits = x @ self.gate
         if self.noise and self.training:
             logits = logits + torch.randn_like(logits) * (F.softplus(x @ self.gate_noise) + 0.01)
@@ -149,8 +150,8 @@ class UsualUniSRec(nn.Module):
 
     def __init__(self, config: UniSRecConfig, text_width: int) -> None:
         super().__init__()
-        self.config, self.text_width, adaptor = config, text_width, config.adaptor
-        self.adaptor = Adaptor(text_width, config.width, adaptor.experts, adaptor.dropout, adaptor.noise)
+        self.config, self.text_width = config, text_width
+        self.adaptor = Adaptor(text_width, config.width, config.adaptor)
         self.positions = nn.Embedding(config.encoder.max_length, config.width)
         self.input_norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.encoder.dropout)

@@ -248,7 +248,7 @@ def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation
         try:
             described = con.execute(f"DESCRIBE SELECT * FROM {sql}").fetchall()
         except duckdb.Error as error:
-            raise _read_error(error, pattern) from None
+            raise read_error(error, pattern) from None
         yield Relation(pattern, sql, {name: kind for name, kind, *_ in described if name != FILE})
 
 
@@ -274,7 +274,8 @@ def _reader(file: str) -> str:
     )
 
 
-def _read_error(error: duckdb.Error, pattern: str) -> UserError:
+def read_error(error: duckdb.Error, pattern: str) -> UserError:
+    """What DuckDB says of the files of a glob, in words for whoever named them."""
     ours = COMPLAINT.search(str(error))
     if ours:
         return UserError(ours.group(1))
@@ -307,5 +308,5 @@ def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str
             inserted = con.execute(f"INSERT INTO {table} SELECT {', '.join([*casts, FILE])} FROM {part.sql}")
             rows.append(inserted.fetchone()[0])
         except duckdb.Error as error:
-            raise _read_error(error, part.pattern) from None
+            raise read_error(error, part.pattern) from None
     return rows

@@ -24,6 +24,7 @@ from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
 from .evaluation import evaluate, write_evaluation
+from .hybrid import matmul_precision
 from .kinds import kind_of
 from .paired import compare, pair
 from .prepare import prepare
@@ -53,8 +54,9 @@ class Trained:
         """Each batch, moved to this rank's device, with the model's output. Collective."""
         for batch in batches:
             batch = batch.to(self.process.device, non_blocking=True)
-            with torch.no_grad():
-                yield batch, self.model(self.tables.vectors(self.sharded(batch), batch), batch)
+            with torch.no_grad(), matmul_precision("highest"):
+                output = self.model(self.tables.vectors(self.sharded(batch), batch), batch)
+            yield batch, output
 
 
 @contextmanager

@@ -25,6 +25,17 @@ from ..embeddings.sharding import ShardedTables
 from ..embeddings.tables import EmbeddingTables
 
 
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Take fp32 matrix products as `torch.set_float32_matmul_precision` names it, and then as before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def learning_rate_factor(dense: DenseConfig, step: int, total: int) -> float:
     """What both learning rates are multiplied with at `step` (from 0) of `total`."""
     if step < dense.warmup_steps:
@@ -110,7 +121,7 @@ class Hybrid:
         self.sharded.train()
         self.engine.train()
         try:
-            with _matmul_precision(self.matmul_precision):
+            with matmul_precision(self.matmul_precision):
                 return self.pipeline.progress(batches)
         except StopIteration:
             return None
@@ -122,17 +133,8 @@ class Hybrid:
         self.engine.eval()
         for batch in batches:
             batch = batch.to(self.device, non_blocking=True)
-            with torch.no_grad():
-                yield batch, self._forward(batch)[1]
+            with torch.no_grad(), matmul_precision("highest"):
+                output = self._forward(batch)[1]
+            yield batch, output
         # Left to itself, the pipeline would send the ids of the batches in flight around once more.
         self.pipeline.attach(sparse_dist=False)
-
-
-@contextmanager
-def _matmul_precision(name: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(name)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

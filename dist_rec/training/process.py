@@ -81,14 +81,16 @@ def _keep_freed_memory() -> None:
     """Have malloc keep freed blocks up to `KEPT_BYTES` each for the next step.
 
     Left to itself it maps every large tensor anew, whose pages then come one fault at a time: an elementwise product of
-    13 million floats took 34 ms, and 4 ms in kept memory. A user's own settings (mallopt(3)) stay.
+    13 million floats took 34 ms, and 4 ms in kept memory. A user's own settings (mallopt(3)) stay; before glibc 2.35,
+    which takes no such threshold, all stays as it is.
     """
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")):
         return
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        # Either alone would end malloc's own adaptation, and be slower than nothing.
+        if libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES):
+            libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
 @contextmanager
@@ -103,7 +105,8 @@ def process_group(config: Config, device: torch.device) -> Iterator[Process]:
             port = str(probe.getsockname()[1])
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    _keep_freed_memory()
+    if device.type == "cpu":
+        _keep_freed_memory()
     # DeepSpeed guesses its accelerator at import; the run's choice must win.
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":

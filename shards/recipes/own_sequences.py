@@ -3,14 +3,15 @@
     python shards/recipes/sequences.py --out shop --domains shop --interactions 'logs/*.parquet' --items items.csv \\
         --columns user=visitor,item=sku,time=seen_at --text name,brand
 
-Parquet, CSV, TSV, JSON lines or RecBole's atomic files. Interactions have a user, an item and a time (seconds or
-dates), items an item and texts, of which all that are named and there become one, a sentence each; a list's entries are
-one sentence. Every item of the file is of the catalogue, had or not. The newest event of a user is held out for test,
-the one before for valid; events of one moment keep the files' order.
+Parquet, CSV, TSV, JSON lines or RecBole's atomic files. Interactions have a user, an item and a time (seconds, with
+fractions or without, or dates, which are UTC unless they say otherwise), items an item and texts, which become one, a
+sentence each; a list's entries are one sentence. Every item of the file is of the catalogue, had or not. The newest
+event of a user is held out for test, the one before for valid; events of one moment keep the files' order.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,12 +22,14 @@ import pyarrow.compute as pc
 from rows import Catalog
 from sequence_rows import Sequences, core, described, held_out, with_texts
 
-from dist_rec.data.casts import Need, cast_sql, quote
-from dist_rec.data.sources import relations
+from dist_rec.data.casts import FILE, Need, cast_sql, quote
+from dist_rec.data.sources import read_error, relations
 from dist_rec.errors import UserError, nearest
 
 COLUMNS = {"user": "user", "item": "item", "time": "time"}
 TEXTS = ("title", "categories", "brand")
+# Seconds of the year 5138, which milliseconds of 1973 pass.
+LATEST = 10**11
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,14 @@ class Own:
     Attributes:
         interactions, items: globs.
         columns: raw column of `user`, `item` and `time`.
-        texts: raw columns of the items' texts.
+        texts: raw columns of the items' texts; None is those of `TEXTS` that there are.
         least: events that users and items must have, those of fewer going again and again; 1 keeps all.
     """
 
     interactions: str
     items: str
     columns: Mapping[str, str] = field(default_factory=lambda: dict(COLUMNS))
-    texts: tuple[str, ...] = TEXTS
+    texts: tuple[str, ...] | None = None
     least: int = 1
 
     def sequences(self, domain: str) -> Sequences:
@@ -53,79 +56,134 @@ class Own:
             UserError: files or columns are missing, a value is none, or nothing is left.
         """
         with duckdb.connect() as con:
+            con.execute("SET TimeZone = 'UTC'")
             items = self._items(con)
-            events = _read(con, self.interactions, {name: self.columns[name] for name in COLUMNS}, time="time")
-        for name in COLUMNS:
-            if events[name].null_count:
-                row = pc.index(pc.is_null(events[name]), True).as_py()
-                raise UserError(f"{self.interactions}: row {row + 1:,} has no {self.columns[name]}.")
+            events = self._events(con)
         number = pc.index_in(events["item"], items["item"])
         known = pc.is_valid(number)
-        left_out = {"events of items that the items lack": len(events) - pc.sum(known).as_py()}
+        unknown = number.null_count
+        if unknown == len(events):
+            log, own = events["item"][0].as_py(), items["item"][0].as_py()
+            raise UserError(
+                f"{self.interactions}: none of {unknown:,} events is of an item of {self.items}: the first is of "
+                f"{log!r}, and the first item is {own!r}. Ids have to be written alike."
+            )
         events, number = events.filter(known), number.filter(known)
-        users = events["user"].combine_chunks().dictionary_encode()
-        user, item = (np.asarray(of).astype(np.int64) for of in (users.indices, number))
-        kept = core(user, item, self.least)
+        encoded = events["user"].dictionary_encode().unify_dictionaries()
+        user = np.concatenate([np.asarray(chunk.indices) for chunk in encoded.chunks]).astype(np.int64)
+        # `held_out` knows whole seconds.
+        order = np.argsort(np.asarray(events["moment"]), kind="stable")
+        user, item, time = (np.asarray(of)[order] for of in (user, number, events["time"]))
+        kept = core(user, item.astype(np.int64), self.least)
         if not len(kept):
             raise UserError(
                 f"{self.interactions}: nothing is left of {len(user):,} events of known items; users and items need "
                 f"{self.least} each."
             )
-        names, user = np.unique(user[kept], return_inverse=True)
-        names = users.dictionary.take(pa.array(names))
-        targets, history_time = held_out(user, item[kept], np.asarray(events["time"])[kept], names)
+        used, user = np.unique(user[kept], return_inverse=True)
+        names = encoded.chunk(0).dictionary.take(pa.array(used))
+        targets, history_time = held_out(user, item[kept].astype(np.int64), time[kept], names)
         targets.user_id = pa.nulls(len(targets), pa.string())
-        left_out["users of one event"] = int((np.bincount(user) == 1).sum())
-        titles = items["texts"].combine_chunks()
-        catalog = Catalog(items["item"].combine_chunks(), titles)
-        return with_texts(Sequences(domain, catalog, targets, history_time, None, titles, left_out), titles)
+        left_out = {
+            "events of items that the items lack": unknown,
+            "users of one event": int((np.bincount(user) == 1).sum()),
+        }
+        catalog = Catalog(items["item"].combine_chunks(), items["texts"].combine_chunks())
+        return with_texts(Sequences(domain, catalog, targets, history_time, left_out=left_out), catalog.texts)
+
+    def _events(self, con: duckdb.DuckDBPyConnection) -> pa.Table:
+        """`user`, `item`, `time` in whole seconds and `moment` in microseconds, in the files' order."""
+        table = _read(con, self.interactions, {name: self.columns[name] for name in COLUMNS})
+        if not len(table):
+            raise UserError(f"{self.interactions} has no rows.")
+        if pc.max(table["time"]).as_py() > LATEST:
+            raise UserError(
+                f"{self.interactions}: {self.columns['time']} has {pc.max(table['time'])} seconds, which looks like "
+                "milliseconds: give seconds or dates."
+            )
+        return table
 
     def _items(self, con: duckdb.DuckDBPyConnection) -> pa.Table:
         """`item`, each once, and `texts`, null where there is none."""
         there = {name for relation in relations(con, self.items) for name in relation.types}
-        texts = [name for name in self.texts if name in there]
-        if not texts:
+        texts = [name for name in TEXTS if name in there] if self.texts is None else list(self.texts)
+        if missing := [name for name in texts if name not in there] or ([] if texts else list(TEXTS)):
             raise UserError(
-                f"{self.items} has none of the texts {', '.join(self.texts)}: it has {', '.join(sorted(there))}. Name "
-                "them with --text."
+                f"{self.items} has no text {' or '.join(missing)}.{nearest(missing[0], there)} It has "
+                f"{', '.join(sorted(there))}: name its texts with --text."
             )
-        columns = {"item": self.columns["item"]} | {f"text{i}": name for i, name in enumerate(texts)}
-        table = _read(con, self.items, columns, lists=True)
-        counts = table["item"].combine_chunks().value_counts()
+        columns = {f"text{i}": name for i, name in enumerate(texts)}
+        table = _read(con, self.items, {"item": self.columns["item"]}, columns)
+        if not len(table):
+            raise UserError(f"{self.items} has no rows.")
+        counts = table["item"].value_counts()
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
-        if len(twice) or table["item"].null_count:
-            what = f"item {twice[0]['values'].as_py()!r} more than once" if len(twice) else "a row without an item"
-            raise UserError(f"{self.items} has {what}: keep one row an item.")
-        parts = [table[name].to_pylist() for name in columns if name != "item"]
+        if len(twice):
+            raise UserError(
+                f"{self.items} has item {twice[0]['values'].as_py()!r} more than once: keep one row an item."
+            )
+        parts = [table[name].to_pylist() for name in columns]
         found = pa.array([described(one) for one in zip(*parts, strict=True)], pa.string())
         return pa.table({"item": table["item"], "texts": found})
 
 
 def _read(
-    con: duckdb.DuckDBPyConnection, pattern: str, columns: Mapping[str, str], time: str = "", lists: bool = False
+    con: duckdb.DuckDBPyConnection, pattern: str, columns: Mapping[str, str], texts: Mapping[str, str] | None = None
 ) -> pa.Table:
-    """Columns by our names: `time` int64 in seconds, the others strings; with `lists`, a list is its entries joined."""
-    parts = list(relations(con, pattern))
-    there = {name for part in parts for name in part.types}
-    for ours, column in columns.items():
-        if column not in there:
-            raise UserError(
-                f"{pattern} has no column {column!r} for {ours}.{nearest(column, there)} It has "
-                f"{', '.join(sorted(there))}; name another with --columns {ours}=NAME."
-            )
-    tables = []
+    """Columns by our names: of `columns` no value is null; of `texts` any may be, and a list is its entries joined."""
+    parts, tables = list(relations(con, pattern)), []
     for part in parts:
-        selected = []
         for ours, column in columns.items():
-            kind = part.types.get(column, "VARCHAR")
-            sql = cast_sql(Need(column, "time" if ours == time else "string"), kind)
-            if lists and (kind == "JSON" or kind.endswith("]")):
-                joined = f"array_to_string({cast_sql(Need(column, 'list'), kind)}, ' ')"
-                is_list = f"json_type({quote(column)}) = 'ARRAY'" if kind == "JSON" else "true"
-                sql = f"CASE WHEN {is_list} THEN {joined} ELSE {sql} END"
-            selected.append(f"{sql} AS {ours}")
+            kind = part.types.get(column)
+            if kind is None:
+                raise UserError(
+                    f"{pattern} has no column {column!r} for {ours}.{nearest(column, part.types)} It has "
+                    f"{', '.join(sorted(part.types))}; name another with --columns {ours}=NAME."
+                )
+            if re.search(r"[\])]$", kind) and "DECIMAL" not in kind:
+                raise UserError(f"{pattern}: column {column!r} holds {kind}, and one {ours} a row is needed.")
+        selected = {
+            ours: cast_sql(Need(column, "time" if ours == "time" else "string"), part.types[column])
+            for ours, column in columns.items()
+        }
+        if "time" in selected:
+            selected["moment"] = _microseconds(columns["time"], part.types[columns["time"]])
+        needed = list(selected)
+        selected |= {ours: _sentence(column, part.types.get(column)) for ours, column in (texts or {}).items()}
+        listed = ", ".join(f"{sql} AS {ours}" for ours, sql in selected.items())
         try:
-            tables.append(con.sql(f"SELECT {', '.join(selected)} FROM {part.sql}").to_arrow_table())
+            table = con.sql(f"SELECT {listed} FROM {part.sql}").to_arrow_table()
+            for ours in needed:
+                if table[ours].null_count:
+                    absent = f"SELECT {FILE} FROM {part.sql} WHERE {selected[ours]} IS NULL LIMIT 1"
+                    raise UserError(f"{con.execute(absent).fetchone()[0]} has a row without {columns[ours]}.")
         except duckdb.Error as error:
-            raise UserError(f"cannot read {pattern}: {str(error).splitlines()[0]}") from None
-    return pa.concat_tables(tables, promote_options="permissive")
+            raise read_error(error, pattern) from None
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def _sentence(column: str, kind: str | None) -> str:
+    """SQL of a text, or of a list of texts, of a DuckDB type; None where the column is not there."""
+    if kind is None:
+        return "NULL::VARCHAR"
+    text, name = cast_sql(Need(column, "string"), kind), quote(column)
+    joined = f"array_to_string({cast_sql(Need(column, 'list'), kind)}, ' ')"
+    if kind.endswith("]"):
+        return joined
+    if kind == "JSON":
+        return f"CASE WHEN json_type({name}) = 'ARRAY' THEN {joined} ELSE {text} END"
+    if kind == "VARCHAR":
+        return f"CASE WHEN json_valid({name}) AND json_type({name}) = 'ARRAY' THEN {joined} ELSE {text} END"
+    return text
+
+
+def _microseconds(column: str, kind: str) -> str:
+    """SQL of a time, of a DuckDB type; what is none is left to the cast to seconds to tell."""
+    name = quote(column)
+    if kind.startswith(("TIMESTAMP", "DATE")):
+        return f"epoch_us({name})"
+    if kind in ("JSON", "VARCHAR") or kind.startswith("ENUM"):
+        text = f"trim({name} ->> '$')" if kind == "JSON" else f"trim({name})"
+        return f"coalesce(CAST(TRY_CAST({text} AS DOUBLE) * 1e6 AS BIGINT), epoch_us(TRY_CAST({text} AS TIMESTAMPTZ)))"
+    return f"CAST(CAST({name} AS DOUBLE) * 1e6 AS BIGINT)"

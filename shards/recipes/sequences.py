@@ -83,22 +83,26 @@ def own_sources(options: argparse.Namespace) -> dict[str, Source]:
         UserError: they are half given, or not for one new name; a column is renamed that there is not.
     """
     if options.interactions is None and options.items is None:
+        if given := [f"--{name}" for name in ("columns", "text", "core") if getattr(options, name) is not None]:
+            raise UserError(f"{' and '.join(given)}: of a domain of your own, which needs --interactions and --items.")
         return {}
     if options.interactions is None or options.items is None:
         raise UserError("a domain of your own needs both --interactions and --items.")
-    new = [name for name in options.domains if name not in SOURCES]
+    named = dict.fromkeys([*options.domains, *options.without_overlap, *options.overlap_with])
+    new = [name for name in named if name not in SOURCES]
     if len(new) != 1 or not re.fullmatch(r"\w+", new[0]):
         raise UserError(
-            f"--interactions and --items are of one domain of your own: --domains has to name it, in letters, digits "
-            f"and _, and names {', '.join(new) or 'none'} beside the known ones."
+            "--interactions and --items are of one domain of your own: --domains (or --overlap-with) has to name it, "
+            f"in letters, digits and _, and names {', '.join(new) or 'none'} beside the known ones."
         )
     columns = dict(COLUMNS)
-    for pair in options.columns:
+    for pair in options.columns or ():
         ours, _, name = pair.partition("=")
         if ours not in COLUMNS or not name:
             raise UserError(f"--columns {pair}: is {' or '.join(f'{one}=NAME' for one in COLUMNS)}.")
         columns[ours] = name
-    own = Own(options.interactions, options.items, columns, tuple(options.text), options.core)
+    texts = None if options.text is None else tuple(options.text)
+    own = Own(options.interactions, options.items, columns, texts, options.core or 1)
     return {new[0]: lambda domain, _: own.sequences(domain)}
 
 
@@ -120,11 +124,13 @@ def parser() -> argparse.ArgumentParser:
     own = options.add_argument_group("a domain of your own, which --domains names")
     own.add_argument("--interactions", metavar="FILES", help="who had what when: Parquet, CSV, TSV, JSON lines")
     own.add_argument("--items", metavar="FILES", help="an item a row, with its texts")
-    own.add_argument("--columns", metavar="user=A,item=B,time=C", type=_names, default=[], help="theirs, if others")
-    own.add_argument("--text", metavar="A,B", type=_names, default=list(TEXTS), help=f"default: {','.join(TEXTS)}")
     own.add_argument(
-        "--core", metavar="N", type=positive, default=1, help="least events of users and items (default: 1)"
+        "--columns", metavar="user=A,item=B,time=C", type=_names, help="theirs, where not user, item, time"
     )
+    own.add_argument(
+        "--text", metavar="A,B", type=_names, help=f"texts of items (default: {', '.join(TEXTS)}, if there)"
+    )
+    own.add_argument("--core", metavar="N", type=positive, help="least events of users and items (default: 1)")
     return options
 
 
