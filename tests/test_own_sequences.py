@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "shards" / "recipes"))
 import overlap  # noqa: E402
 import own_sequences  # noqa: E402
 import sequence_rows  # noqa: E402
+import sequences  # noqa: E402
 
 from dist_rec.errors import UserError  # noqa: E402
 
@@ -179,6 +180,16 @@ def test_from_the_command_line_to_a_data_set_and_one_that_extends_it(files):
     assert later.returncode == 0, later.stderr
     assert read_index(str(files / "kiosk" / "catalogue")).rows == 4
     assert "stall" in read_index(str(files / "later" / "train")).schema.domains.names
+
+
+@pytest.mark.parametrize("option", ["--domains", "--overlap-with", "--without-overlap"])
+def test_it_may_be_the_target_that_a_mixture_is_to_have_nothing_of(files, option):
+    words = ["--out", "x", "--domains", "toys,shop" if option == "--domains" else "toys"]
+    words += [] if option == "--domains" else [option, "shop"]
+    given = ["--interactions", str(files / "logs.csv"), "--items", str(files / "items.jsonl"), "--text", "name"]
+    given += ["--columns", "user=visitor,item=sku,time=seen_at"]
+    (found,) = sequences.own_sources(sequences.parser().parse_args(words + given)).items()
+    assert found[0] == "shop" and found[1]("shop", files).catalog.ids.to_pylist() == ["tea", "cup", "jug", "pot"]
 
 
 @pytest.mark.parametrize(
