@@ -142,14 +142,26 @@ def test_files_of_items_may_have_other_texts_and_lists_in_any_form(files):
     assert given.sequences("kiosk").catalog.texts.to_pylist() == ["Tea.", "small cup.", "Jug. clay old."]
 
 
-def test_order_is_to_the_microsecond_and_the_same_in_every_time_zone(files, monkeypatch):
+@pytest.fixture
+def zones(monkeypatch):
+    """Sets this process's time zone by name."""
+
+    def take(name: str) -> None:
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield take
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_order_is_to_the_microsecond_and_the_same_in_every_time_zone(files, zones):
     moments = ("2024-11-03 01:30:00.000003", "2024-11-03 01:30:00.000002", "2024-11-03 01:30:00.000001")
     events = "".join(f"ann,{item},{at}\n" for item, at in zip(("tea", "cup", "jug"), moments, strict=True))
     (files / "logs.csv").write_text("visitor,sku,seen_at\n" + events)
     found = []
     for zone in ("UTC", "America/New_York"):
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
+        zones(zone)
         targets = own(files).sequences("kiosk").targets
         newest = targets.split.tolist().index(2)
         assert targets.history.values[targets.history.offsets[newest] :][:2].tolist() == [2, 1]
