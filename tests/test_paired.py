@@ -114,12 +114,7 @@ def test_the_seed_decides_and_pieces_of_the_work_do_not(monkeypatch):
     assert compare(pairs, [10], 500) == whole
     assert compare(pairs, [10], 500, seed=1) != whole
     monkeypatch.setattr(paired, "CELLS", 7 * ROWS)
-    # Sums of pieces of other heights may differ in their last bit.
-    found = compare(pairs, [10], 500)
-    for name, metric in found["overall"].pop("metrics").items():
-        assert metric == pytest.approx(whole["overall"]["metrics"][name], rel=1e-12), name
-    del whole["overall"]["metrics"]
-    assert found == whole
+    assert compare(pairs, [10], 500) == whole
 
 
 def test_rows_in_other_shards_are_recognised_by_their_users():

@@ -173,7 +173,8 @@ def bootstrap(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -
         size = min(at_once, resamples - start)
         drawn = draw.integers(0, units, (size, units)) + np.arange(size)[:, None] * units
         times = np.bincount(drawn.reshape(-1), minlength=size * units).reshape(size, units)
-        totals = times @ both
+        # Row by row: a product of matrices may round otherwise by their heights.
+        totals = np.stack([row @ both for row in times])
         means[start : start + size] = totals[:, :-1] / totals[:, -1:]
     low, high = np.percentile(means, INTERVAL, axis=0)
     side = 1 + np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
