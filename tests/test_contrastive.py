@@ -142,7 +142,7 @@ def test_scores_are_never_all_there_at_once(monkeypatch):
 
     def watched(self, *args):
         found = plain(self, *args)
-        largest.append(found[0].numel())
+        largest.append(found.numel())
         return found
 
     monkeypatch.setattr(contrastive._Pairs, "scores", watched)
@@ -152,6 +152,18 @@ def test_scores_are_never_all_there_at_once(monkeypatch):
     loss.sum().backward()
     # Forward, and again in backward.
     assert sum(largest) == 2 * 40 * 100 and max(largest) <= 64
+
+
+def test_keys_beyond_what_single_precision_counts_stay_apart(monkeypatch):
+    """Ids are any int64; neighbours beyond 2^24, and as many different ones, are different still."""
+    states, vectors = units(40), units(60)
+    identity, near = torch.randint(0, 60, (40,)), 2**62
+    found = []
+    for offset, whole in ((0, contrastive.WHOLE), (near, contrastive.WHOLE), (near, 8)):
+        monkeypatch.setattr(contrastive, "WHOLE", whole)
+        candidates = Candidates(vectors, torch.arange(60) + offset, vectors.new_ones(60))
+        found.append(loss_of(states, identity + offset, Term(vectors[identity], candidates, torch.inf)))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_the_least_temperature_is_exact_in_single_precision():

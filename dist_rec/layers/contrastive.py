@@ -33,6 +33,8 @@ from .reduction import Reduction
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # Up to how many scores in all are kept for backward.
 KEPT = 2**25
+# Up to it single precision has all whole numbers.
+WHOLE = 2**24
 # Below it, exp(-2 / tau) is no normal number of single precision.
 LEAST_TEMPERATURE = 0.024
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
@@ -123,10 +125,15 @@ def softmax_losses(
     identities, sequences = keys.unbind(1)
     sums, same = [], []
     for term in terms:
-        pairs = _Pairs(gathered, identities.flatten(), sequences.flatten(), *term.candidates)
-        total, weight = _Partition.apply(temperature, official, products or states.dtype, *pairs)
+        vectors, identity, weight, sequence = term.candidates
+        of_identity, identity = _numbered(identities.flatten(), identity)
+        of_sequence = None
+        if sequence is not None:
+            of_sequence, sequence = _numbered(sequences.flatten(), sequence)
+        pairs = _Pairs(gathered, of_identity, of_sequence, vectors, identity, weight, sequence)
+        total, of_same = _Partition.apply(temperature, official, products or states.dtype, *pairs)
         sums.append(total)
-        same.append(weight)
+        same.append(of_same)
     totals = reduction.sum(torch.stack(sums))
     weights = reduction.sum(torch.stack(same)) if official else None
     mine = slice(reduction.rank * most, reduction.rank * most + len(states))
@@ -143,26 +150,43 @@ def softmax_losses(
 
 
 class _Pairs(NamedTuple):
-    """Positions and candidates; names as in `Candidates`, `of_` those of positions."""
+    """Positions and candidates; names as in `Candidates`, `of_` those of positions, keys as `_numbered` has them."""
 
     states: Tensor
     of_identity: Tensor
-    of_sequence: Tensor
+    of_sequence: Tensor | None
     vectors: Tensor
     identity: Tensor
     weight: Tensor
     sequence: Tensor | None
 
-    def scores(self, states: Tensor, vectors: Tensor, rows: slice, columns: slice, temperature: float):
-        """exp((s v - 1) / tau) of a chunk, 0 where a candidate is no negative; and where it is of the same item from
-        elsewhere. `states` are s / tau."""
+    def scores(self, states: Tensor, vectors: Tensor, rows: slice, columns: slice, temperature: float) -> Tensor:
+        """exp((s v - 1) / tau) of a chunk, 0 where a candidate is no negative. `states` are s / tau."""
         scores = (states[rows] @ vectors[columns].t()).to(self.states.dtype)
-        differs = self.of_identity[rows, None] != self.identity[None, columns]
-        same = ~differs
+        scores.sub_(1 / temperature).exp_()
+        scores.mul_(_differ(self.of_identity[rows], self.identity[columns], scores))
         if self.sequence is not None:
-            elsewhere = self.of_sequence[rows, None] != self.sequence[None, columns]
-            differs, same = differs & elsewhere, same & elsewhere
-        return scores.sub_(1 / temperature).exp_().mul_(differs), same
+            scores.mul_(_differ(self.of_sequence[rows], self.sequence[columns], scores))
+        return scores
+
+    def same(self, rows: slice, columns: slice, weight: Tensor) -> Tensor:
+        """Sums of `weight` over a chunk's candidates of the same item from elsewhere."""
+        same = 1 - _differ(self.of_identity[rows], self.identity[columns], weight)
+        if self.sequence is not None:
+            same.mul_(_differ(self.of_sequence[rows], self.sequence[columns], weight))
+        return same @ weight[columns]
+
+
+def _differ(of: Tensor, among: Tensor, like: Tensor) -> Tensor:
+    """1 where `of[i] != among[j]`, else 0, `[n, m]` of the dtype of `like`, at the speed of floats."""
+    return torch.ne(of[:, None], among[None, :], out=like.new_empty(len(of), len(among)))
+
+
+def _numbered(*keys: Tensor) -> list[Tensor]:
+    """int64 keys as floats, equal where they are: CPUs compare floats into floats eight times as fast as integers."""
+    found, numbers = torch.unique(torch.cat(keys), return_inverse=True)
+    exact = torch.float32 if len(found) <= WHOLE else torch.float64
+    return list(numbers.to(exact).split([len(key) for key in keys]))
 
 
 class _Partition(torch.autograd.Function):
@@ -178,10 +202,10 @@ class _Partition(torch.autograd.Function):
         total, of_same = (of.states.new_zeros(size) for _ in range(2))
         kept = []
         for rows, columns in _chunks(of.states, of.vectors):
-            scores, same = of.scores(states, vectors, rows, columns, temperature)
+            scores = of.scores(states, vectors, rows, columns, temperature)
             total[rows] += scores @ weight[columns]
             if count_same:
-                of_same[rows] += same.to(weight.dtype) @ weight[columns]
+                of_same[rows] += of.same(rows, columns, weight)
             if size * len(weight) <= KEPT:
                 kept.append(scores)
         ctx.save_for_backward(*pairs, *kept)
@@ -198,7 +222,7 @@ class _Partition(torch.autograd.Function):
         states, vectors = pairs.states.to(ctx.products), pairs.vectors.to(ctx.products)
         divided = None if kept else (pairs.states / ctx.temperature).to(ctx.products)
         for i, (rows, columns) in enumerate(_chunks(states, vectors)):
-            scores = kept[i] if kept else pairs.scores(divided, vectors, rows, columns, ctx.temperature)[0]
+            scores = kept[i] if kept else pairs.scores(divided, vectors, rows, columns, ctx.temperature)
             scores = (scores * weight[columns]).mul_(gradient[rows, None]).to(ctx.products)
             of_states[rows] += scores @ vectors[columns]
             of_vectors[columns] += scores.t() @ states[rows]
