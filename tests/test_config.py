@@ -283,6 +283,7 @@ def test_overrides_reach_the_kind(tmp_path):
     [
         ({"model": {"loss": "full"}}, "loss: full needs data.catalogue"),
         ({"model": {"loss": "sampled"}}, "loss: sampled needs samples"),
+        ({"model": {"loss": "in_batch", "repeats": True}}, "repeats needs loss full or sampled"),
         ({"model": {"loss": "sampled", "samples": 9}}, "loss: sampled needs data.catalogue"),
         ({"model": {"samples": 9}}, "samples 9 is of loss: sampled, and loss is in_batch"),
         ({"model": {"item": "text+id"}}, "item: text+id needs loss full or sampled"),

@@ -15,7 +15,7 @@ from dist_rec.config import ContrastConfig
 from dist_rec.layers import contrastive
 from dist_rec.layers.augment import Draws, augment
 from dist_rec.layers.causal import Sequences
-from dist_rec.layers.contrastive import Candidates, Seen, Term, distinct, softmax_losses, target_ranks, unit
+from dist_rec.layers.contrastive import Candidates, Earlier, Seen, Term, distinct, softmax_losses, target_ranks, unit
 from dist_rec.layers.reduction import Reduction, masked_means
 
 pytestmark = pytest.mark.usefixtures("doubles")
@@ -117,6 +117,31 @@ def test_chunks_change_nothing(monkeypatch, chunk):
         found.append([loss, *torch.autograd.grad(loss.square().sum(), [states, vectors]), ranks])
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0], found[2])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50, 10**6])
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_what_came_before_is_raised_once_in_whichever_chunk(monkeypatch, chunk, kept):
+    """An item twice before, the target itself, items that are no candidates, positions without anything before."""
+    monkeypatch.setitem(contrastive.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(contrastive, "KEPT", kept)
+    states, vectors, offset = units(30).requires_grad_(), units(23).requires_grad_(), torch.randn(30).requires_grad_()
+    items, identity, before = torch.randperm(40)[:23], torch.randint(0, 23, (30,)), torch.randint(-1, 40, (30, 6))
+    before[3] = -1
+    before[4, :2], before[5, 2] = items[7], items[identity[5]]
+    term = Term(vectors[identity], Candidates(vectors, items, torch.ones(23)), torch.inf, Earlier(before, offset))
+    found = loss_of(states, items[identity], term)
+    raised = (before[:, :, None] == items).any(1)
+    logits = states @ vectors.t() / TAU + raised * offset[:, None]
+    expected = F.cross_entropy(logits, identity, reduction="none")
+    torch.testing.assert_close(found, expected)
+    inputs = [states, vectors, offset]
+    gradient = torch.autograd.grad(found.square().sum(), inputs)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), inputs))
+    earlier = Earlier(before, offset.detach() * TAU)
+    ranks = target_ranks(states, vectors[identity], items[identity], term.candidates, Reduction(), None, earlier)
+    right = logits.gather(1, identity[:, None])
+    assert ranks.tolist() == (1 + (logits > right).sum(1)).tolist()
 
 
 @pytest.mark.parametrize("kept", [0, 100])

@@ -26,14 +26,17 @@ from sequence_batches import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dist_rec.config.unisrec import UniSRecConfig
 from dist_rec.errors import UserError
 from dist_rec.layers.augment import Draws
 from dist_rec.layers.reduction import Reduction
 from dist_rec.layers.whitening import WhiteningMixture
-from dist_rec.models.unisrec import UniSRec
+from dist_rec.models.unisrec import UniSRec, towers_of
+from dist_rec.strict import from_dict
 
 EVERY_ITEM = list(range(NUM_ITEMS))
-ITEMS, LOSSES = ["text", "id", "text+id"], ["in_batch", "full", "sampled"]
+ITEMS = ["text", "id", "text+id"]
+LOSSES = ["in_batch", "full", "sampled", "full, repeats", "sampled, repeats"]
 CONTRAST = {"weight": 0.7, "item_drop": 0.3, "word_drop": 0.4, "item_drop_share": 0.5}
 
 
@@ -61,6 +64,9 @@ class Naive:
         return found
 
     def state(self, vectors: list[Tensor]) -> Tensor:
+        return F.normalize(self.last(vectors), dim=0)
+
+    def last(self, vectors: list[Tensor]) -> Tensor:
         """The last state of a sequence of item vectors, padded on the right to the longest."""
         encoder, n = self.model.encoder, len(vectors)
         longest = len(encoder.positions)
@@ -77,7 +83,16 @@ class Naive:
                 assert h < heads
             x = block.attention_norm(x + block.out(torch.cat(mixed, 1)))
             x = block.feedforward_norm(x + block.contract(F.gelu(block.expand(x))))
-        return F.normalize(x[n - 1], dim=0)
+        return x[n - 1]
+
+    def logits(self, before: list[int], items: list[int]) -> Tensor:
+        """Of items after what came before."""
+        last = self.last([self.item(i) for i in before])
+        raised = self.model.repeats(last)[0] if self.config.repeats else torch.zeros(()).double()
+        state = F.normalize(last, dim=0)
+        return torch.stack(
+            [state @ self.direction(i) / self.config.temperature + raised * (i in before) for i in items]
+        )
 
     def prefixes(self, rows: list[Row]) -> list[tuple[int, list[int], int]]:
         """Number of the row, what comes before, and the target, of every position."""
@@ -95,14 +110,12 @@ class Naive:
     def sequence_item(self, rows: list[Row], candidates: list[int] | None, weight: list[float] | None) -> Tensor:
         prefixes, losses = self.prefixes(rows), []
         for _, before, target in prefixes:
-            state = self.state([self.item(i) for i in before])
-            right = torch.exp(state @ self.direction(target) / self.config.temperature)
-            others = right
             of = [t for _, _, t in prefixes] if candidates is None else candidates
+            right, *scores = torch.exp(self.logits(before, [target, *of]))
+            others = right
             for i, item in enumerate(of):
                 if item != target:
-                    w = 1.0 if weight is None else weight[i]
-                    others = others + w * torch.exp(state @ self.direction(item) / self.config.temperature)
+                    others = others + (1.0 if weight is None else weight[i]) * scores[i]
             losses.append(-torch.log(right / others))
         return torch.stack(losses).mean()
 
@@ -142,9 +155,14 @@ def compared(loss: str, share: slice = slice(None)) -> dict:
     """What a rank compares with: of the catalogue, or of five items with weights, some part."""
     if loss == "in_batch":
         return {}
-    if loss == "full":
+    if loss.startswith("full"):
         return {"candidates": EVERY_ITEM[share]}
     return {"candidates": [3, 8, 21, 6, 0][share], "weight": [2.5, 1.0, 4.0, 0.5, 3.0][share]}
+
+
+def of(loss: str) -> dict:
+    """Keys of the config."""
+    return {"loss": loss.partition(",")[0], "repeats": "repeats" in loss}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -152,7 +170,7 @@ def compared(loss: str, share: slice = slice(None)) -> dict:
 def test_one_pass_equals_prefix_by_prefix(item, loss):
     """Also of sequences longer than the encoder's reach, of single items and of items without text."""
     rows = make_rows(10, longest=8)
-    whole = Whole(item=item, loss=loss, contrast=CONTRAST)
+    whole = Whole(item=item, **of(loss), contrast=CONTRAST)
     whole.model._draws = draws_of_rows
     output = whole(as_batch(rows, 12, **compared(loss)))
     output["loss"].backward()
@@ -160,6 +178,9 @@ def test_one_pass_equals_prefix_by_prefix(item, loss):
     whole.zero_grad()
     naive = Naive(whole)
     assert {len(before) for _, before, _ in naive.prefixes(rows)} == {1, 2, 3, 4, 5}
+    # Some targets came before, some sequences have an item twice.
+    assert any(target in before for _, before, target in naive.prefixes(rows))
+    assert any(len(set(before)) < len(before) for _, before, _ in naive.prefixes(rows))
     sequence_item = naive.sequence_item(rows, parts.get("candidates"), parts.get("weight"))
     if item == "id":
         # There are no words to drop: every copy loses items.
@@ -182,7 +203,7 @@ def test_ranks_together_equal_one_process_on_the_global_batch(item, loss, offici
     """Three ranks: many rows, few, none; unequal parts of the candidates, one without any."""
     rows = make_rows(14)
     contrast = CONTRAST | ({"item_drop_share": 1.0} if official else {})
-    whole = Whole(item=item, loss=loss, contrast=contrast, official=official)
+    whole = Whole(item=item, **of(loss), contrast=contrast, official=official)
     whole.model._draws = draws_of_rows
     one = whole(as_batch(rows, 14, **compared(loss)))
     one["loss"].backward()
@@ -198,21 +219,22 @@ def test_ranks_together_equal_one_process_on_the_global_batch(item, loss, offici
 
 
 @pytest.mark.parametrize("mask_history", [False, True])
-@pytest.mark.parametrize("item", ITEMS)
+@pytest.mark.parametrize("item", [*ITEMS, "text, repeats", "text+id, repeats"])
 def test_ranks_of_items_are_those_of_all_ranks_candidates(item, mask_history):
-    rows = make_rows(14)
-    whole = Whole(item=item).eval()
+    rows, item, repeats = make_rows(14), item.partition(",")[0], "repeats" in item
+    whole = Whole(item=item, loss="full" if repeats else "in_batch", repeats=repeats).eval()
     whole.model.mask_history = mask_history
     one = whole(as_batch(rows, 16, EVERY_ITEM))
     naive = Naive(whole)
     for b, row in enumerate(rows):
         *before, target = row.items
         expected, left = 1.0, set(before) if mask_history else set()
-        state = naive.state([naive.item(i) for i in before[-5:]]) if before else torch.zeros(WIDTH).double()
-        score = float(state @ naive.direction(target))
+        scores = naive.logits(before[-5:], EVERY_ITEM).detach() if before else torch.zeros(NUM_ITEMS).double()
         for other in set(EVERY_ITEM) - {target} - left:
-            difference = float(state @ naive.direction(other)) - score
+            difference = float(scores[other] - scores[target])
             expected += 0.5 if abs(difference) < 1e-6 else float(difference > 0)
+        if before:
+            assert float(one["logits"]["next"][b]) == pytest.approx(float(scores[target]), abs=1e-9)
         assert float(one["rank"][b]) == expected, (b, row)
     assert one["rank"][14:].isnan().all()
     # Items that share a text tie; a row without history ties with all.
@@ -278,7 +300,7 @@ def test_a_row_without_history_ranks_all_items_alike_and_one_without_item_ranks_
 @pytest.mark.parametrize("item", ITEMS)
 @pytest.mark.parametrize("what", ["single items", "no rows", "no texts"])
 def test_every_parameter_has_a_gradient_whatever_is_absent(what, item, loss):
-    whole = Whole(item=item, loss=loss, contrast=CONTRAST, adaptor={"noise": True, "dropout": 0.2})
+    whole = Whole(item=item, **of(loss), contrast=CONTRAST, adaptor={"noise": True, "dropout": 0.2})
     rows = {"single items": [Row(i, 0, [i]) for i in range(4)], "no rows": [], "no texts": [Row(7, 0, [6, 13, 20])]}
     batch = as_batch(rows[what], 4, **compared(loss))
     if what == "no texts":
@@ -513,6 +535,16 @@ def test_a_co_trained_encoder_reads_each_text_once(item):
     whole.model.text_encoder = Encoder()
     batch.text_tokens, batch.text_vectors = torch.zeros(NUM_TEXTS, 1), batch.text_vectors[:, :0]
     torch.testing.assert_close(whole(batch)["losses"]["sequence_item"], expected["losses"]["sequence_item"])
+
+
+def test_repeats_start_as_nothing_and_make_an_index_of_inner_products_inexact():
+    changes = {"width": WIDTH, "loss": "full"}
+    plain, raised = (from_dict(UniSRecConfig, changes | {"repeats": r}, "test") for r in (False, True))
+    model = UniSRec(SCHEMA, raised, {}, TEXT_WIDTH, None, list(SCHEMA.features), Reduction())
+    assert not model.repeats.weight.any() and not model.repeats.bias.any()
+    assert towers_of(SCHEMA, plain, list(SCHEMA.features)).exact == {"next": True}
+    towers = towers_of(SCHEMA, raised, list(SCHEMA.features))
+    assert towers.exact == {"next": False} and "repeats" in towers.why["next"]
 
 
 def test_draws_follow_torchs_generator():

@@ -29,7 +29,7 @@ from dist_rec.training.prepare import prepare
 SECONDS = 180
 MODELS = {
     "in_batch": {"contrast": {"weight": 0.1, "item_drop_share": 0.6}},
-    "full": {"item": "text+id", "loss": "full"},
+    "full": {"item": "text+id", "loss": "full", "repeats": True},
     "sampled": {"item": "text+id", "loss": "sampled", "samples": 13, "sampling": "popularity"},
 }
 
@@ -244,12 +244,12 @@ def test_ids_of_pretraining_have_no_rows_where_the_catalogue_has_none_of_them(tm
 
 
 def test_a_pretrained_run_is_finetuned_with_ids(runs):
-    """Tables that a run of texts alone did not have begin anew; everything dense is taken over."""
+    """What a run of texts alone did not have begins anew: tables, and what tells repeats. The rest is taken over."""
     pretrained = runs[0]
     if not pretrained.name.startswith("in_batch"):
         pytest.skip("pretraining is in_batch")
     data = pretrained.parent.parent / "shards"
-    keys = {"--model.item": "text+id", "--train.steps": "2"}
+    keys = {"--model.item": "text+id", "--model.repeats": "true", "--train.steps": "2"}
     given = [word for pair in keys.items() for word in pair]
     said = dist_rec("finetune", pretrained, "--data", data, "--name", "finetuned", *given)
     assert f"starting from {pretrained}" in said
@@ -263,10 +263,12 @@ def test_a_pretrained_run_is_finetuned_with_ids(runs):
     # As in the paper: positions and blocks of the transformer stay.
     assert config.finetune.freeze == "adaptor"
     before, after = tensors(pretrained), tensors(run)
-    for name in manifest.dense:
+    known = checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
+    assert manifest.dense.keys() - known == {"repeats.weight", "repeats.bias"} and known < manifest.dense.keys()
+    for name in known:
         stays = name.startswith(("encoder.positions", "encoder.blocks."))
         assert torch.equal(before[name], after[name]) == stays, name
-    assert manifest.dense.keys() == checkpoint.read_state(checkpoint.find(pretrained)).manifest.dense.keys()
+    assert after["repeats.weight"].any() and after["repeats.bias"].any()
     assert evaluation(run)["overall"]["next"]["rows"] == NUM_USERS
 
 

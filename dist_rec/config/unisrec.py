@@ -77,6 +77,7 @@ class UniSRecConfig:
       whole catalogue, `sampled` some `samples` of it, of the whole job, drawn anew each step.
     * `sampling`: `uniform`, or `popularity`: in proportion to how often the training rows ask for an item, plus one.
     * `temperature`: tau, by which cosines are divided.
+    * `repeats`: the logits of items that a sequence has already had are raised by a number that is read off its state.
     * `official`: do as the authors' public code does where it differs from the paper.
     """
 
@@ -89,6 +90,7 @@ class UniSRecConfig:
     samples: int = Field(default=0, ge=0)
     sampling: Literal["uniform", "popularity"] = "uniform"
     temperature: float = Field(default=0.07, gt=0)
+    repeats: bool = False
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     official: bool = False
 
@@ -101,6 +103,8 @@ class UniSRecConfig:
             faults.append("loss: sampled needs samples: how many items of the catalogue a step draws")
         if self.loss != "sampled" and self.samples:
             faults.append(f"samples {self.samples} is of loss: sampled, and loss is {self.loss}: leave it out")
+        if self.repeats and self.loss == "in_batch":
+            faults.append("repeats needs loss full or sampled: other sequences' targets are few of a sequence's items")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -11,6 +11,9 @@ unit vector v_c, an identity and a weight w_c:
 * sampled: w = 1 / (expected count in the sample), which makes Z an unbiased estimate of the full one (`SampledSoftmax`
   subtracts the logarithm of the same number from the logit).
 
+Over a catalogue or a sample, items that p's sequence has had before may have a logit that is b_p higher (`Earlier`),
+p's target too if it is one of them.
+
 Positions are gathered over ranks, each rank adds up its own candidates, and the sums are reduced: no rank sees
 another's candidates. Cosines bound the logits by 1 / tau, which is subtracted; no maximum is needed. Scores exist in
 chunks of `CHUNK` and, where there are more than `KEPT`, are computed again in backward: memory does not grow with
@@ -58,6 +61,22 @@ class Candidates(NamedTuple):
     sequence: Tensor | None = None
 
 
+class Earlier(NamedTuple):
+    """What the sequences of P positions had before them.
+
+    Attributes:
+        identity: int64 `[P, L]`, -1 where there is nothing; L is the same on all ranks.
+        offset: `[P]`, b_p.
+    """
+
+    identity: Tensor
+    offset: Tensor
+
+    def of(self, identity: Tensor) -> Tensor:
+        """What is added to the logits of items int64 `[P]`, one for each position: `[P]`."""
+        return torch.where((self.identity == identity[:, None]).any(1), self.offset, 0)
+
+
 class Term(NamedTuple):
     """One loss over common positions.
 
@@ -65,11 +84,13 @@ class Term(NamedTuple):
         positives: `[P, H]`, v_p.
         candidates: this rank's.
         own: how much of the weight of candidates with p's identity is p's positive itself; read by `official` only.
+        earlier: if those count differently; a rank's candidates are then of different identities.
     """
 
     positives: Tensor
     candidates: Candidates
     own: float
+    earlier: Earlier | None = None
 
 
 def unit(x: Tensor) -> Tensor:
@@ -125,13 +146,18 @@ def softmax_losses(
     identities, sequences = keys.unbind(1)
     sums, same = [], []
     for term in terms:
-        vectors, identity, weight, sequence = term.candidates
-        of_identity, identity = _numbered(identities.flatten(), identity)
-        of_sequence = None
-        if sequence is not None:
-            of_sequence, sequence = _numbered(sequences.flatten(), sequence)
-        pairs = _Pairs(gathered, of_identity, of_sequence, vectors, identity, weight, sequence)
-        total, of_same = _Partition.apply(temperature, official, products or states.dtype, *pairs)
+        candidates, offset, repeats = term.candidates, None, None
+        if term.earlier is not None:
+            offset = reduction.gather(F.pad(term.earlier.offset, (0, missing))).flatten()
+            before = reduction.gather(F.pad(term.earlier.identity, (0, 0, 0, missing), value=-1)).flatten(0, 1)
+            repeats = _repeats(before, candidates.identity)
+        of_identity, numbers = _numbered(identities.flatten(), candidates.identity)
+        candidates, of_sequence = candidates._replace(identity=numbers), None
+        if candidates.sequence is not None:
+            of_sequence, numbers = _numbered(sequences.flatten(), candidates.sequence)
+            candidates = candidates._replace(sequence=numbers)
+        pairs = _Pairs(gathered, of_identity, of_sequence, *candidates)
+        total, of_same = _Partition.apply(temperature, official, products or states.dtype, repeats, offset, *pairs)
         sums.append(total)
         same.append(of_same)
     totals = reduction.sum(torch.stack(sums))
@@ -140,6 +166,8 @@ def softmax_losses(
     found = []
     for i, term in enumerate(terms):
         positive = ((states * term.positives).sum(1) - 1) / temperature
+        if term.earlier is not None:
+            positive = positive + term.earlier.of(identity)
         others = totals[i, mine]
         if official:
             others = others + (weights[i, mine] - term.own).clamp_min(0) * math.exp(-1 / temperature)
@@ -177,6 +205,34 @@ class _Pairs(NamedTuple):
         return same @ weight[columns]
 
 
+def _repeats(before: Tensor, identity: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of each of `_chunks`, where in it a candidate is one of those before: rows and columns, every pair once.
+
+    Args:
+        before: int64 `[P, L]`.
+        identity: int64 `[M]`, all different.
+    """
+    size, number = len(before), len(identity)
+    if not size or not number:
+        return []
+    row, column = _found(before, *identity.sort())
+    # An item may have been there twice.
+    pair = torch.unique(row * number + column)
+    row, column = pair // number, pair % number
+    high, wide = _shape(size, number, before.device)
+    across = -(-number // wide)
+    chunk, order = (row // high * across + column // wide).sort()
+    counts = torch.bincount(chunk, minlength=-(-size // high) * across).tolist()
+    return list(zip((row[order] % high).split(counts), (column[order] % wide).split(counts), strict=True))
+
+
+def _found(before: Tensor, ordered: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of `before` `[P, L]` and where, by `order`, `ordered` has what is there; a pair as often as it is there."""
+    at = torch.searchsorted(ordered, before).clamp_max(len(ordered) - 1)
+    row, event = (ordered[at] == before).nonzero(as_tuple=True)
+    return row, order[at[row, event]]
+
+
 def _differ(of: Tensor, among: Tensor, like: Tensor) -> Tensor:
     """1 where `of[i] != among[j]`, else 0, `[n, m]` of the dtype of `like`, at the speed of floats."""
     return torch.ne(of[:, None], among[None, :], out=like.new_empty(len(of), len(among)))
@@ -191,52 +247,76 @@ def _numbered(*keys: Tensor) -> list[Tensor]:
 
 class _Partition(torch.autograd.Function):
     """Of `_Pairs` `(sum_c w_c exp((s_p v_c - 1) / tau), sum_c w_c)`, both `[P]`: the first over p's negatives, the
-    second, 0 if not asked for, over candidates of its item from elsewhere. Matrix products are in `products`."""
+    second, 0 if not asked for, over candidates of its item from elsewhere. Matrix products are in `products`. Where
+    `repeats` says so, `offset` `[P]` is added to the exponent."""
 
     @staticmethod
-    def forward(ctx, temperature, count_same, products, *pairs):
-        ctx.temperature, ctx.products = temperature, products
+    def forward(ctx, temperature, count_same, products, repeats, offset, *pairs):
+        ctx.temperature, ctx.products, ctx.repeats = temperature, products, repeats
         of = _Pairs(*pairs)
         states, vectors = (of.states / temperature).to(products), of.vectors.to(products)
         weight, size = of.weight.to(of.states.dtype), len(of.states)
         total, of_same = (of.states.new_zeros(size) for _ in range(2))
         kept = []
-        for rows, columns in _chunks(of.states, of.vectors):
+        for i, (rows, columns) in enumerate(_chunks(of.states, of.vectors)):
             scores = of.scores(states, vectors, rows, columns, temperature)
+            if offset is not None:
+                _raise(scores, repeats[i], offset[rows])
             total[rows] += scores @ weight[columns]
             if count_same:
                 of_same[rows] += of.same(rows, columns, weight)
             if size * len(weight) <= KEPT:
                 kept.append(scores)
-        ctx.save_for_backward(*pairs, *kept)
+        ctx.save_for_backward(offset, *pairs, *kept)
         ctx.mark_non_differentiable(of_same)
         return total, of_same
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient, _):
+        offset, *saved = ctx.saved_tensors
         fields = len(_Pairs._fields)
-        pairs, kept = _Pairs(*ctx.saved_tensors[:fields]), ctx.saved_tensors[fields:]
+        pairs, kept = _Pairs(*saved[:fields]), saved[fields:]
         of_states, of_vectors = torch.zeros_like(pairs.states), torch.zeros_like(pairs.vectors)
+        of_offset = None if offset is None else torch.zeros_like(offset)
         weight = pairs.weight.to(pairs.states.dtype) / ctx.temperature
         states, vectors = pairs.states.to(ctx.products), pairs.vectors.to(ctx.products)
         divided = None if kept else (pairs.states / ctx.temperature).to(ctx.products)
         for i, (rows, columns) in enumerate(_chunks(states, vectors)):
-            scores = kept[i] if kept else pairs.scores(divided, vectors, rows, columns, ctx.temperature)
-            scores = (scores * weight[columns]).mul_(gradient[rows, None]).to(ctx.products)
+            if kept:
+                scores = kept[i]
+            else:
+                scores = pairs.scores(divided, vectors, rows, columns, ctx.temperature)
+                if offset is not None:
+                    _raise(scores, ctx.repeats[i], offset[rows])
+            scores = (scores * weight[columns]).mul_(gradient[rows, None])
+            if offset is not None:
+                row, column = ctx.repeats[i]
+                of_offset[rows].index_add_(0, row, scores[row, column], alpha=ctx.temperature)
+            scores = scores.to(ctx.products)
             of_states[rows] += scores @ vectors[columns]
             of_vectors[columns] += scores.t() @ states[rows]
-        return None, None, None, of_states, None, None, of_vectors, None, None, None
+        return None, None, None, None, of_offset, of_states, None, None, of_vectors, None, None, None
+
+
+def _raise(scores: Tensor, at: tuple[Tensor, Tensor], offset: Tensor) -> None:
+    """Multiply a chunk's scores at rows and columns, each pair there once, by exp(offset of the row)."""
+    row, column = at
+    scores[row, column] = scores[row, column] * offset[row].exp()
 
 
 def _chunks(states: Tensor, vectors: Tensor) -> Iterator[tuple[slice, slice]]:
     """Slices of states and vectors with at most `CHUNK` scores each."""
-    most = CHUNK[states.device.type]
-    wide = max(min(len(vectors), math.isqrt(most)), 1)
-    high = max(most // wide, 1)
+    high, wide = _shape(len(states), len(vectors), states.device)
     for row in range(0, len(states), high):
         for column in range(0, len(vectors), wide):
             yield slice(row, row + high), slice(column, column + wide)
+
+
+def _shape(states: int, vectors: int, device: torch.device) -> tuple[int, int]:
+    most = CHUNK[device.type]
+    wide = max(min(vectors, math.isqrt(most)), 1)
+    return max(most // wide, 1), wide
 
 
 class Seen(NamedTuple):
@@ -254,6 +334,7 @@ def target_ranks(
     candidates: Candidates,
     reduction: Reduction,
     seen: Seen | None = None,
+    earlier: Earlier | None = None,
 ) -> Tensor:
     """Rank of each row's target among the candidates of all ranks: 1 + (number of higher ones) + (ties) / 2.
 
@@ -267,6 +348,7 @@ def target_ranks(
         candidates: this rank's, of different identities.
         reduction: gathers rows and sums over ranks.
         seen: items to leave out.
+        earlier: of the rows; here an offset is one of cosines.
 
     Returns:
         float64 `[B]`.
@@ -274,11 +356,16 @@ def target_ranks(
     size = len(states)
     most = reduction.largest(size, states.device)
     gathered = reduction.gather(F.pad(states, (0, 0, 0, most - size))).flatten(0, 1)
-    score = reduction.gather(F.pad((states * targets).sum(1), (0, most - size))).flatten()
+    score = (states * targets).sum(1)
+    if earlier is not None:
+        score = score + earlier.of(identity)
+        offset = reduction.gather(F.pad(earlier.offset, (0, most - size))).flatten()
+        repeated = reduction.gather(F.pad(earlier.identity, (0, 0, 0, most - size), value=-1)).flatten(0, 1)
+    score = reduction.gather(F.pad(score, (0, most - size))).flatten()
     known = reduction.gather(F.pad(identity, (0, most - size), value=-1)).flatten()
     if seen is not None:
         before = reduction.gather(_padded(seen, most, reduction)).flatten(0, 1)
-        ordered, order = candidates.identity.sort()
+    catalogue = candidates.identity.sort()
     # 2 * (higher) + ties
     behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
     columns = len(candidates.vectors)
@@ -286,11 +373,12 @@ def target_ranks(
     for start in range(0, len(gathered) if columns else 0, high):
         rows = slice(start, start + high)
         difference = gathered[rows] @ candidates.vectors.t() - score[rows, None]
+        if earlier is not None:
+            row, column = _found(repeated[rows], *catalogue)
+            difference[row, column] = difference[row, column] + offset[rows][row]
         counts = known[rows, None] != candidates.identity[None, :]
         if seen is not None:
-            at = torch.searchsorted(ordered, before[rows]).clamp_max(columns - 1)
-            row, event = (ordered[at] == before[rows]).nonzero(as_tuple=True)
-            counts[row, order[at[row, event]]] = False
+            counts[_found(before[rows], *catalogue)] = False
         # Counted from below, so that what is no number counts as higher.
         lower, tied = counts & (difference < -TIE), counts & (difference.abs() <= TIE)
         behind[rows] = 2 * (counts.sum(1) - lower.sum(1)) - tied.sum(1)

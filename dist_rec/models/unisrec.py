@@ -7,6 +7,10 @@
     score  = cos(s_j, v_i) / tau
     L      = L_SI + weight * L_SS                                 `layers.contrastive` has both
 
+With `repeats`, which the paper does not have, the logits of items that the sequence has had already are higher by
+w s_j + c, of the state before it is made one of length 1; w and c start as 0. Of itself a cosine cannot say that the
+nearest item of all, the one that was just bought, is not what comes next.
+
 A row is one sequence, its history and then its item. In training every event but the first is the target of what
 precedes it, all in one pass. Prefix by prefix that is the paper's training on the same rows, with two differences: a
 batch has all prefixes of a sequence or none, and a sequence has one augmented copy (`layers.augment`), not one for each
@@ -47,6 +51,7 @@ from ..layers.causal import CausalEncoder, Sequences
 from ..layers.contrastive import (
     LEAST_TEMPERATURE,
     Candidates,
+    Earlier,
     Seen,
     Term,
     distinct,
@@ -87,7 +92,7 @@ class UniSRec(nn.Module):
     """Adaptor, sequence encoder and losses.
 
     Submodules, by which presets freeze: `adaptor` (with text); `encoder` with `positions`, `input_norm` and `blocks`;
-    `text_encoder`.
+    `repeats`; `text_encoder`.
 
     Args:
         schema: the data set's.
@@ -137,6 +142,11 @@ class UniSRec(nn.Module):
         self.text_width = text_width
         self.text_encoder = text_encoder if config.with_text else None
         self.encoder = CausalEncoder(config.encoder, config.width)
+        self.repeats = None
+        if config.repeats:
+            self.repeats = nn.Linear(config.width, 1)
+            nn.init.zeros_(self.repeats.weight)
+            nn.init.zeros_(self.repeats.bias)
         self.kept: Candidates | None = None
 
     def train(self, mode: bool = True) -> UniSRec:
@@ -162,7 +172,8 @@ class UniSRec(nn.Module):
             unless its weight is 0, and `loss`, their weighted sum.
             `rank`: in evaluation, where any rank has candidates, listed or kept: float64 `[B]`, the rank of the row's
             item among those of all ranks, NaN on masked rows and on rows without an item.
-            `logits`: in evaluation: `[B]` by task, cos(s, v_i) / tau of the row's item, 0 where a row has none.
+            `logits`: in evaluation: `[B]` by task, cos(s, v_i) / tau of the row's item, and what `repeats` adds; 0
+            where a row has none.
             `vectors`: of a side, and nothing else: `[B, H]` by task.
         """
         if side is not None:
@@ -189,8 +200,13 @@ class UniSRec(nn.Module):
         else:
             positions = ((events.age[inputs] == 1) & events.has_item[row]).nonzero()[:, 0]
         target = inputs[positions] + 1
-        state, positives = _units(take(states, positions)), _units(take(items, target))
-        identity, rows = self._identity(batch, events)[target], events.row[target]
+        state, positives = take(states, positions), _units(take(items, target))
+        identities, rows = self._identity(batch, events), events.row[target]
+        identity, earlier = identities[target], None
+        if self.repeats is not None:
+            before = _before(identities, events, target, self.config.encoder.max_length)
+            earlier = Earlier(before, full_precision(self.repeats(state))[:, 0])
+        state = _units(state)
         candidates = self._candidates(texts, embeddings, batch)
         if not self.training:
             candidates = self._of_this_pass(candidates)
@@ -200,7 +216,7 @@ class UniSRec(nn.Module):
         others = distinct(positives, identity) if in_batch else candidates
         # Of a catalogue, or a sample of it, no candidate is another occurrence of the target.
         own = 1.0 if in_batch else torch.inf
-        terms, valid = [Term(positives, others, own)], [torch.ones_like(rows, dtype=torch.bool)]
+        terms, valid = [Term(positives, others, own, earlier)], [torch.ones_like(rows, dtype=torch.bool)]
         if contrasts:
             partners, paired = state, valid[0]
             if copy is not None:
@@ -213,9 +229,15 @@ class UniSRec(nn.Module):
         output = self._total(torch.stack(losses, 1), torch.stack(valid, 1))
         if not self.training:
             states, targets = (place(x, rows, len(batch)) for x in (state, positives))
-            output["logits"] = {NEXT: (states * targets).sum(1) / self.config.temperature}
+            logits = (states * targets).sum(1) / self.config.temperature
+            if earlier is not None:
+                logits = logits + place(earlier.of(identity)[:, None], rows, len(batch))[:, 0]
+                # Of a row without a position no candidate is raised by anything but 0.
+                before, offset = (place(x, rows, len(batch)) for x in (earlier.identity, earlier.offset[:, None]))
+                earlier = Earlier(before, offset[:, 0] * self.config.temperature)
+            output["logits"] = {NEXT: logits}
             if candidates is not None:
-                output[RANK] = self._ranks(states, targets, candidates, batch, events)
+                output[RANK] = self._ranks(states, targets, candidates, batch, events, earlier)
         return output
 
     def _side(self, embeddings: dict[str, Tensor], batch: Batch, side: Side) -> Tensor:
@@ -310,11 +332,12 @@ class UniSRec(nn.Module):
         candidates: Candidates,
         batch: Batch,
         events: FlatEvents,
+        earlier: Earlier | None,
     ) -> Tensor:
         identity, seen = _of_rows(batch.row.new_full((1,), -1), events.has_item, batch.identity[self.item]), None
         if self.mask_history:
             seen = Seen(batch.identity[self.history], batch.identity_lengths[self.history])
-        ranks = target_ranks(states, targets, identity, candidates, self.reduction, seen)
+        ranks = target_ranks(states, targets, identity, candidates, self.reduction, seen, earlier)
         return torch.where(batch.valid & events.has_item, ranks, torch.nan)
 
     def _total(self, terms: Tensor, valid: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
@@ -340,6 +363,13 @@ def _of_rows(otherwise: Tensor, there: Tensor, values: Tensor) -> Tensor:
     return otherwise.expand(len(there)).masked_scatter(there, values)
 
 
+def _before(identities: Tensor, events: FlatEvents, target: Tensor, most: int) -> Tensor:
+    """What its sequence has had before each target, newest first: int64 `[P, most]`, -1 where there is nothing."""
+    start = (events.length.cumsum(0) - events.length)[events.row[target]]
+    at = target[:, None] - 1 - torch.arange(most, device=target.device)
+    return torch.where(at >= start[:, None], identities[at.clamp_min(0)], -1)
+
+
 def _units(x: Tensor) -> Tensor:
     return unit(full_precision(x))
 
@@ -360,7 +390,7 @@ def _only(schema: Schema, role: Role, kind: Kind, features: Sequence[str]) -> st
 
 
 def towers_of(schema: Schema, config: UniSRecConfig, features: Sequence[str]) -> TwoTowers:
-    """A user is a history, an item its id and text; the score is a cosine over tau."""
+    """A user is a history, an item its id and text; the score is a cosine over tau, and what `repeats` adds to it."""
     history, item = _only(schema, "history", "ids", features), _only(schema, "item", "id", features)
     users, items = [history], [item]
     if config.with_text:
@@ -370,8 +400,8 @@ def towers_of(schema: Schema, config: UniSRecConfig, features: Sequence[str]) ->
         tasks=(NEXT,),
         user_features=tuple(users),
         item_features=tuple(items),
-        exact={NEXT: True},
-        why={},
+        exact={NEXT: not config.repeats},
+        why={NEXT: "model.repeats adds to the scores of items that the history has"} if config.repeats else {},
         scale={NEXT: 1 / config.temperature},
         bias={NEXT: 0.0},
     )

@@ -100,7 +100,9 @@ def finetune_faults(prepared: Prepared) -> list[str]:
     if prepared.foundation is not None:
         # What is not read needs not be filled.
         specs = [spec for spec in prepared.specs if spec.name not in prepared.unread]
-        faults += model_faults(prepared.foundation, config, specs, shapes_of(model), names.own, prepared.unread)
+        faults += model_faults(
+            prepared.foundation, config, specs, shapes_of(model), names.own, prepared.unread, names.levels.later
+        )
         try:
             check_vectors(prepared.foundation.saved, prepared.store)
         except UserError as error:

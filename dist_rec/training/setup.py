@@ -171,7 +171,8 @@ def build_engine(prepared: Prepared, process: Process, batch_rows: int, start: S
     """
     config, model = prepared.config, build_model(prepared, DistributedReduction())
     if start is not None:
-        fill_dense(start, model, prepared.names.own, len(prepared.origin.domains), prepared.origin.start_rows())
+        names, origin = prepared.names, prepared.origin
+        fill_dense(start, model, names.own, len(origin.domains), origin.start_rows(), names.levels.later)
     if prepared.origin is not None:
         freeze(model, frozen_names(config.finetune, prepared.names))
     return make_engine(model, config.dense, config.text, batch_rows, process.world_size, process.device)

@@ -30,7 +30,12 @@ class UniSRecKind(Kind):
 
     reads_catalogue = True
     # As in the paper, whose finetuning leaves positions and blocks of the transformer alone.
-    levels = Levels(encoders=("text_encoder.", "encoder."), adaptors=("adaptor.", "encoder.input_norm."), heads=())
+    levels = Levels(
+        encoders=("text_encoder.", "encoder."),
+        adaptors=("adaptor.", "encoder.input_norm.", "repeats."),
+        heads=(),
+        later=("repeats.",),
+    )
     usual_freeze = "adaptor"
     finetune_epochs = 16
 

@@ -133,11 +133,13 @@ def model_faults(
     wanted: Shapes,
     own: Collection[str],
     unread: Collection[str] = (),
+    later: tuple[str, ...] = (),
 ) -> list[str]:
     """Which tables and dense parameters of a config the foundation cannot fill, and which keys differ.
 
     Args:
         specs: without `unread` ones, of which it fills none.
+        later: see `warm_start.shape_faults`.
     """
     tables = {name: table for name, table in foundation.saved.manifest.tables.items() if name not in unread}
     found = [
@@ -156,7 +158,7 @@ def model_faults(
         f"table {name!r} is in the foundation's checkpoint, this config has no use for it"
         for name in sorted(tables.keys() - {spec.name for spec in specs})
     ]
-    found += shape_faults(wanted, own, foundation.saved, len(foundation.domains))
+    found += shape_faults(wanted, own, foundation.saved, len(foundation.domains), later)
     if found:
         differ = changes(to_dict(foundation.config), to_dict(config))
         found += [f"{change} (the foundation's first)" for change in differ if change.among(SHAPING)]

@@ -23,11 +23,12 @@ ADAPTER = ".lora_"
 @dataclass(frozen=True)
 class Levels:
     """The parts of a model's kind, as beginnings of names: `encoders` (L1), `adaptors`, which are a domain's own though
-    not stacked by domain, and `heads`."""
+    not stacked by domain, and `heads`; `later`, what a foundation may lack because pretraining has no use for it."""
 
     encoders: tuple[str, ...]
     adaptors: tuple[str, ...]
     heads: tuple[str, ...]
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def stored_name(name: str, found: Collection[str]) -> str:
     return name.replace(BESIDE_ADAPTER, ".")
 
 
-def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domains: int) -> list[str]:
+def shape_faults(
+    wanted: Shapes, own: Collection[str], saved: Saved, known_domains: int, later: tuple[str, ...] = ()
+) -> list[str]:
     """Which dense parameters of a model the checkpoint cannot fill; a handful, and how many more.
 
     The language model's own may be missing: then they are as `text.model` has them.
@@ -61,6 +63,7 @@ def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domai
         wanted: of the model.
         own: names of those that are stacked by domain.
         known_domains: K of the checkpoint.
+        later: beginnings of further names that may be missing: they start as in a run from scratch.
     """
     found = {name: tuple(info.shape) for name, info in saved.manifest.dense.items()}
     faults = []
@@ -68,7 +71,7 @@ def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domai
     for name, shape in wanted.items():
         there = found.get(read[name])
         if there is None:
-            if not name.startswith(LANGUAGE_MODEL):
+            if not name.startswith((LANGUAGE_MODEL, *later)):
                 faults.append(f"{name} is not in the foundation's checkpoint")
         elif there != (expected := (known_domains, *shape[1:]) if name in own else shape):
             faults.append(f"{name} is {list(there)} in the foundation's checkpoint, this config wants {list(expected)}")
@@ -81,7 +84,14 @@ def shape_faults(wanted: Shapes, own: Collection[str], saved: Saved, known_domai
     return faults[:MOST_SHOWN] + more
 
 
-def fill_dense(saved: Saved, model: nn.Module, own: Collection[str], known_domains: int, starts: list[int | None]):
+def fill_dense(
+    saved: Saved,
+    model: nn.Module,
+    own: Collection[str],
+    known_domains: int,
+    starts: list[int | None],
+    later: tuple[str, ...] = (),
+) -> None:
     """Fill an unsharded model. Every rank reads the whole of it.
 
     Args:
@@ -89,11 +99,12 @@ def fill_dense(saved: Saved, model: nn.Module, own: Collection[str], known_domai
         own: names of the parameters that are stacked by domain.
         known_domains: K of the checkpoint.
         starts: of every further domain, the number of the one that it begins as; None for the mean of all.
+        later: see `shape_faults`.
 
     Raises:
         UserError: the checkpoint is of another model.
     """
-    if faults := shape_faults(shapes_of(model), own, saved, known_domains):
+    if faults := shape_faults(shapes_of(model), own, saved, known_domains, later):
         lines = "\n".join(f"  - {fault}" for fault in faults)
         raise UserError(f"the model of {saved.folder} is not that of this config:\n{lines}")
     tensors = [(name, PARAMETER, one.data) for name, one in model.named_parameters()]
