@@ -204,3 +204,13 @@ def test_the_files_of_this_repository_are_experiments_or_pretraining(path):
         return
     runs = list(planned_runs(load_experiment(path), path))
     assert len({run.key for run in runs}) == len(runs) > 2
+
+
+def test_a_variant_may_name_what_it_starts_from_by_itself(experiment, tmp_path):
+    tree = yaml.safe_load(experiment.read_text())
+    mine = str(tmp_path / "mine")
+    tree["variants"] = {"text": tree["variants"]["text"], "own": {**tree["variants"]["text"], "finetune.run": mine}}
+    tree["comparisons"] = {}
+    path = written(tmp_path / "e.yaml", tree)
+    runs = experiments.planned_runs(load_experiment(path), path)
+    assert {run.name: run.overrides.get("finetune.run") for run in runs} == {"text": None, "own": mine}
