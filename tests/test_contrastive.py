@@ -109,7 +109,7 @@ def test_chunks_change_nothing(monkeypatch, chunk):
     found = []
     for size, kept in ((30 * 23, 10**6), (chunk, 10**6), (chunk, 0)):
         monkeypatch.setitem(contrastive.CHUNK, "cpu", size)
-        monkeypatch.setattr(contrastive, "KEPT", kept)
+        monkeypatch.setitem(contrastive.KEPT, "cpu", kept)
         term = Term(positives, Candidates(vectors, candidate, weight, origin), 0.5)
         loss = loss_of(states, identity, term, True, sequence)
         catalogue = Candidates(vectors, torch.arange(23), weight)
@@ -124,7 +124,7 @@ def test_chunks_change_nothing(monkeypatch, chunk):
 def test_what_came_before_is_raised_once_in_whichever_chunk(monkeypatch, chunk, kept):
     """An item twice before, the target itself, items that are no candidates, positions without anything before."""
     monkeypatch.setitem(contrastive.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(contrastive, "KEPT", kept)
+    monkeypatch.setitem(contrastive.KEPT, "cpu", kept)
     states, vectors, offset = units(30).requires_grad_(), units(23).requires_grad_(), torch.randn(30).requires_grad_()
     items, identity, before = torch.randperm(40)[:23], torch.randint(0, 23, (30,)), torch.randint(-1, 40, (30, 6))
     before[3] = -1
@@ -146,7 +146,7 @@ def test_what_came_before_is_raised_once_in_whichever_chunk(monkeypatch, chunk, 
 
 @pytest.mark.parametrize("kept", [0, 100])
 def test_gradients_of_chunks_are_right(monkeypatch, kept):
-    monkeypatch.setattr(contrastive, "KEPT", kept)
+    monkeypatch.setitem(contrastive.KEPT, "cpu", kept)
     monkeypatch.setitem(contrastive.CHUNK, "cpu", 6)
     identity, candidate = torch.tensor([0, 1, 2, 1, 5]), torch.tensor([1, 4, 2, 7])
     sequence, origin = torch.tensor([0, 0, 1, 1, 2]), torch.tensor([1, 2, 0, 0])
@@ -162,7 +162,7 @@ def test_gradients_of_chunks_are_right(monkeypatch, kept):
 
 def test_scores_are_never_all_there_at_once(monkeypatch):
     monkeypatch.setitem(contrastive.CHUNK, "cpu", 64)
-    monkeypatch.setattr(contrastive, "KEPT", 1000)
+    monkeypatch.setitem(contrastive.KEPT, "cpu", 1000)
     largest, plain = [], contrastive._Pairs.scores
 
     def watched(self, *args):
@@ -204,9 +204,9 @@ def test_the_least_temperature_is_exact_in_single_precision():
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kept", [contrastive.KEPT, 0], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kept", [contrastive.KEPT["cpu"], 0], ids=["kept", "computed again"])
 def test_products_in_half_precision_are_near_and_reduce_in_single(monkeypatch, kept):
-    monkeypatch.setattr(contrastive, "KEPT", kept)
+    monkeypatch.setitem(contrastive.KEPT, "cpu", kept)
     states, vectors = units(50).float().requires_grad_(), units(80).float().requires_grad_()
     identity, found = torch.randint(0, 80, (50,)), []
     for products in (None, torch.bfloat16):
