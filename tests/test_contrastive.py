@@ -15,8 +15,9 @@ from dist_rec.config import ContrastConfig
 from dist_rec.layers import contrastive
 from dist_rec.layers.augment import Draws, augment
 from dist_rec.layers.causal import Sequences
-from dist_rec.layers.contrastive import Candidates, Earlier, Seen, Term, distinct, softmax_losses, target_ranks, unit
+from dist_rec.layers.contrastive import Candidates, Earlier, Term, distinct, softmax_losses, unit
 from dist_rec.layers.reduction import Reduction, masked_means
+from dist_rec.layers.target_ranks import Seen, target_ranks
 
 pytestmark = pytest.mark.usefixtures("doubles")
 TAU = 0.3

@@ -42,6 +42,21 @@ class FlatEvents(NamedTuple):
         source = torch.where(back < lengths[self.row], source, len(history) + len(items))
         return take(torch.cat([history, items, missing]), torch.where(back < 0, len(history) + self.row, source))
 
+    def before(self, event: Tensor, identity: Tensor, most: int) -> Tensor:
+        """What came before some events in their sequences, the newest first.
+
+        Args:
+            event: int64 `[P]`, numbers among all S.
+            identity: int64 `[S]`.
+            most: of what came before.
+
+        Returns:
+            int64 `[P, most]`, -1 where there is nothing.
+        """
+        start = (self.length.cumsum(0) - self.length)[self.row[event]]
+        at = event[:, None] - 1 - torch.arange(most, device=event.device)
+        return torch.where(at >= start[:, None], identity[at.clamp_min(0)], -1)
+
 
 def events_of(batch: Batch, history: str, item: str, max_length: int, with_item: bool = True) -> FlatEvents:
     """Events of a batch's valid rows.

@@ -52,17 +52,16 @@ from ..layers.contrastive import (
     LEAST_TEMPERATURE,
     Candidates,
     Earlier,
-    Seen,
     Term,
     distinct,
     softmax_losses,
-    target_ranks,
     unit,
 )
 from ..layers.features import event_texts
 from ..layers.flat_events import FlatEvents, events_of
 from ..layers.moves import place, take
 from ..layers.reduction import Reduction, full_precision, masked_means
+from ..layers.target_ranks import Seen, target_ranks
 from ..layers.whitening import WhiteningMixture
 from ..schema import Kind, Role, Schema
 from .towers import Side, TwoTowers
@@ -204,7 +203,7 @@ class UniSRec(nn.Module):
         identities, rows = self._identity(batch, events), events.row[target]
         identity, earlier = identities[target], None
         if self.repeats is not None:
-            before = _before(identities, events, target, self.config.encoder.max_length)
+            before = events.before(target, identities, self.config.encoder.max_length)
             earlier = Earlier(before, full_precision(self.repeats(state))[:, 0])
         state = _units(state)
         candidates = self._candidates(texts, embeddings, batch)
@@ -361,13 +360,6 @@ def _items(texts: tuple[Tensor, Tensor] | None, embedded: Tensor | None) -> Tens
 def _of_rows(otherwise: Tensor, there: Tensor, values: Tensor) -> Tensor:
     """`values` of the rows that are `there`, bool `[B]`; `otherwise` `[1]` of the others. `[B]`."""
     return otherwise.expand(len(there)).masked_scatter(there, values)
-
-
-def _before(identities: Tensor, events: FlatEvents, target: Tensor, most: int) -> Tensor:
-    """What its sequence has had before each target, newest first: int64 `[P, most]`, -1 where there is nothing."""
-    start = (events.length.cumsum(0) - events.length)[events.row[target]]
-    at = target[:, None] - 1 - torch.arange(most, device=target.device)
-    return torch.where(at >= start[:, None], identities[at.clamp_min(0)], -1)
 
 
 def _units(x: Tensor) -> Tensor:

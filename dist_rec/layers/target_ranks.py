@@ -1,0 +1,93 @@
+"""The ranks of targets among candidates of all ranks, by cosine, exactly: ties share their places."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .contrastive import CHUNK, Candidates, Earlier, matches
+from .reduction import Reduction
+
+# Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
+TIE = 1e-6
+
+
+class Seen(NamedTuple):
+    """Items that rows had before: `identity` int64 `[n]`, rows concatenated, and `length` int64 `[B]`, adding to n."""
+
+    identity: Tensor
+    length: Tensor
+
+
+@torch.no_grad()
+def target_ranks(
+    states: Tensor,
+    targets: Tensor,
+    identity: Tensor,
+    candidates: Candidates,
+    reduction: Reduction,
+    seen: Seen | None = None,
+    earlier: Earlier | None = None,
+) -> Tensor:
+    """Rank of each row's target among the candidates of all ranks: 1 + (number of higher ones) + (ties) / 2.
+
+    Candidates of the target's identity do not count, nor do those that the row had before. A score that is no number
+    is the worst.
+
+    Args:
+        states: `[B, H]` of length 1, zeros where unknown, which ties all.
+        targets: `[B, H]`, the targets' vectors.
+        identity: int64 `[B]`, theirs, not negative.
+        candidates: this rank's, of different identities.
+        reduction: gathers rows and sums over ranks.
+        seen: items to leave out.
+        earlier: of the rows; here an offset is one of cosines.
+
+    Returns:
+        float64 `[B]`.
+    """
+    size = len(states)
+    most = reduction.largest(size, states.device)
+    gathered = reduction.gather(F.pad(states, (0, 0, 0, most - size))).flatten(0, 1)
+    score = (states * targets).sum(1)
+    if earlier is not None:
+        score = score + earlier.of(identity)
+        offset = reduction.gather(F.pad(earlier.offset, (0, most - size))).flatten()
+        repeated = reduction.gather(F.pad(earlier.identity, (0, 0, 0, most - size), value=-1)).flatten(0, 1)
+    score = reduction.gather(F.pad(score, (0, most - size))).flatten()
+    known = reduction.gather(F.pad(identity, (0, most - size), value=-1)).flatten()
+    if seen is not None:
+        before = reduction.gather(_padded(seen, most, reduction)).flatten(0, 1)
+    catalogue = candidates.identity.sort()
+    # 2 * (higher) + ties
+    behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
+    columns = len(candidates.vectors)
+    high = max(CHUNK[states.device.type] // max(columns, 1), 1)
+    for start in range(0, len(gathered) if columns else 0, high):
+        rows = slice(start, start + high)
+        difference = gathered[rows] @ candidates.vectors.t() - score[rows, None]
+        if earlier is not None:
+            row, column = matches(repeated[rows], *catalogue)
+            difference[row, column] = difference[row, column] + offset[rows][row]
+        counts = known[rows, None] != candidates.identity[None, :]
+        if seen is not None:
+            counts[matches(before[rows], *catalogue)] = False
+        # Counted from below, so that what is no number counts as higher.
+        lower, tied = counts & (difference < -TIE), counts & (difference.abs() <= TIE)
+        behind[rows] = 2 * (counts.sum(1) - lower.sum(1)) - tied.sum(1)
+    behind = reduction.sum(behind)
+    mine = behind[reduction.rank * most : reduction.rank * most + size]
+    return 1 + mine.double() / 2
+
+
+def _padded(seen: Seen, rows: int, reduction: Reduction) -> Tensor:
+    """int64 `[rows, L]`, -1 where there is nothing; L is the longest of all ranks."""
+    device = seen.length.device
+    longest = reduction.largest(int(seen.length.max()) if len(seen.length) else 0, device)
+    out = seen.identity.new_full((rows, longest), -1)
+    there = torch.arange(longest, device=device) < F.pad(seen.length, (0, rows - len(seen.length)))[:, None]
+    out[there] = seen.identity
+    return out
