@@ -20,8 +20,8 @@ class AdaptorConfig:
     * `dropout`: on the text's vector, before whitening.
     * `noise`: of the gate, in training.
     * `scale`: what a text's vector is multiplied by before all that. Weights, positions and embeddings start to suit
-      BERT's [CLS], about 15 long, which the paper took; vectors of length 1, as sentence-transformers', are drowned by
-      them unless scaled up.
+      BERT's [CLS], about 15 long, which the paper took; shorter ones, as sentence-transformers' of length 3, are
+      drowned by them unless scaled up.
     """
 
     experts: int = Field(default=8, ge=1)
