@@ -157,9 +157,9 @@ def planned_runs(experiment: Experiment, path: Path) -> Iterator[Run]:
                     if settings.splits and split not in settings.splits:
                         continue
                     name = variant + suffix
-                    left_alone = set() if settings.pretrained else {FOUNDATION}
-                    of_data = {key: value for key, value in of_split.items() if key not in left_alone}
-                    overrides = {**of_data, **of_text, **own, "run.seed": seed}
+                    overrides = {**of_split, **of_text, **own, "run.seed": seed}
+                    if not settings.pretrained and FOUNDATION not in own:
+                        overrides.pop(FOUNDATION, None)
                     if settings.pretrained and FOUNDATION not in overrides:
                         raise UserError(f"{path}: {name} is pretrained, and splits.{split} has no {FOUNDATION}.")
                     config = _resolved(experiment, overrides, f"{path}, run {split}/{name}")

@@ -70,6 +70,10 @@ class Earlier(NamedTuple):
     identity: Tensor
     offset: Tensor
 
+    def of_all_ranks(self, most: int, reduction: Reduction) -> Earlier:
+        """Those of all ranks' positions; see `of_all_ranks`."""
+        return Earlier(of_all_ranks(self.identity, most, reduction, -1), of_all_ranks(self.offset, most, reduction))
+
     def of(self, identity: Tensor) -> Tensor:
         """What is added to the logits of items int64 `[P]`, one for each position: `[P]`."""
         return torch.where((self.identity == identity[:, None]).any(1), self.offset, 0)
@@ -111,6 +115,12 @@ def distinct(vectors: Tensor, identity: Tensor) -> Candidates:
     return Candidates(vectors[first], found, counts.to(vectors.dtype))
 
 
+def of_all_ranks(x: Tensor, most: int, reduction: Reduction, missing: int = 0) -> Tensor:
+    """`x` `[n, ...]` of all ranks, rank after rank: `[W * most, ...]`, each with `missing` behind up to `most` rows."""
+    padding = (0, 0) * (x.dim() - 1) + (0, most - len(x))
+    return reduction.gather(F.pad(x, padding, value=missing)).flatten(0, 1)
+
+
 def softmax_losses(
     states: Tensor,
     identity: Tensor,
@@ -138,21 +148,18 @@ def softmax_losses(
         `[P]` for each term.
     """
     most = reduction.largest(len(states), states.device)
-    missing = most - len(states)
-    gathered = reduction.gather(F.pad(states, (0, 0, 0, missing))).flatten(0, 1)
-    keys = reduction.gather(F.pad(torch.stack([identity, sequence]), (0, missing), value=-1))
-    identities, sequences = keys.unbind(1)
+    gathered = of_all_ranks(states, most, reduction)
+    identities, sequences = of_all_ranks(torch.stack([identity, sequence], 1), most, reduction, -1).unbind(1)
     sums, same = [], []
     for term in terms:
         candidates, offset, repeats = term.candidates, None, None
         if term.earlier is not None:
-            offset = reduction.gather(F.pad(term.earlier.offset, (0, missing))).flatten()
-            before = reduction.gather(F.pad(term.earlier.identity, (0, 0, 0, missing), value=-1)).flatten(0, 1)
+            before, offset = term.earlier.of_all_ranks(most, reduction)
             repeats = _repeats(before, candidates.identity)
-        of_identity, numbers = _numbered(identities.flatten(), candidates.identity)
+        of_identity, numbers = _numbered(identities, candidates.identity)
         candidates, of_sequence = candidates._replace(identity=numbers), None
         if candidates.sequence is not None:
-            of_sequence, numbers = _numbered(sequences.flatten(), candidates.sequence)
+            of_sequence, numbers = _numbered(sequences, candidates.sequence)
             candidates = candidates._replace(sequence=numbers)
         pairs = _Pairs(gathered, of_identity, of_sequence, *candidates)
         total, of_same = _Partition.apply(temperature, official, products or states.dtype, repeats, offset, *pairs)

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from .contrastive import CHUNK, WHOLE, Candidates, Earlier, matches
+from .contrastive import CHUNK, WHOLE, Candidates, Earlier, matches, of_all_ranks
 from .reduction import Reduction
 
 # Cosines that differ by less are equal: one text on two ranks goes through matrix products of other shapes.
@@ -52,16 +51,15 @@ def target_ranks(
     """
     size = len(states)
     most = reduction.largest(size, states.device)
-    gathered = reduction.gather(F.pad(states, (0, 0, 0, most - size))).flatten(0, 1)
+    gathered = of_all_ranks(states, most, reduction)
     score = (states * targets).sum(1)
     if earlier is not None:
         score = score + earlier.of(identity)
-        offset = reduction.gather(F.pad(earlier.offset, (0, most - size))).flatten()
-        repeated = reduction.gather(F.pad(earlier.identity, (0, 0, 0, most - size), value=-1)).flatten(0, 1)
-    score = reduction.gather(F.pad(score, (0, most - size))).flatten()
-    known = reduction.gather(F.pad(identity, (0, most - size), value=-1)).flatten()
+        repeated, offset = earlier.of_all_ranks(most, reduction)
+    score = of_all_ranks(score, most, reduction)
+    left_out = of_all_ranks(identity[:, None], most, reduction, -1)
     if seen is not None:
-        before = reduction.gather(_padded(seen, most, reduction)).flatten(0, 1)
+        left_out = torch.cat([left_out, of_all_ranks(_padded(seen, reduction), most, reduction, -1)], 1)
     catalogue = candidates.identity.sort()
     # 2 * (higher) + ties
     behind = torch.zeros(len(gathered), dtype=torch.int64, device=states.device)
@@ -74,8 +72,7 @@ def target_ranks(
             row, column = matches(repeated[rows], *catalogue)
             difference[row, column] = difference[row, column] + offset[rows][row]
         # What does not count is lower than all.
-        for out in [known[rows, None]] + ([before[rows]] if seen is not None else []):
-            difference[matches(out, *catalogue)] = -torch.inf
+        difference[matches(left_out[rows], *catalogue)] = -torch.inf
         # Counted from below, so that what is no number counts as higher.
         behind[rows] = 2 * columns - (_count(torch.lt, difference, -TIE) + _count(torch.le, difference, TIE))
     behind = reduction.sum(behind)
@@ -83,13 +80,12 @@ def target_ranks(
     return 1 + mine.double() / 2
 
 
-def _padded(seen: Seen, rows: int, reduction: Reduction) -> Tensor:
-    """int64 `[rows, L]`, -1 where there is nothing; L is the longest of all ranks."""
+def _padded(seen: Seen, reduction: Reduction) -> Tensor:
+    """int64 `[B, L]`, -1 where there is nothing; L is the longest of all ranks."""
     device = seen.length.device
     longest = reduction.largest(int(seen.length.max()) if len(seen.length) else 0, device)
-    out = seen.identity.new_full((rows, longest), -1)
-    there = torch.arange(longest, device=device) < F.pad(seen.length, (0, rows - len(seen.length)))[:, None]
-    out[there] = seen.identity
+    out = seen.identity.new_full((len(seen.length), longest), -1)
+    out[torch.arange(longest, device=device) < seen.length[:, None]] = seen.identity
     return out
 
 
