@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -140,6 +141,21 @@ def test_files_of_items_may_have_other_texts_and_lists_in_any_form(files):
     pq.write_table(pa.table({"sku": ["jug"], "name": ["Jug"], "tags": [["clay", "old"]]}), files / "items.1.parquet")
     given = own_sequences.Own(str(files / "logs.csv"), str(files / "items.*"), COLUMNS, ("name", "tags"))
     assert given.sequences("kiosk").catalog.texts.to_pylist() == ["Tea.", "small cup.", "Jug. clay old."]
+
+
+def test_lists_in_lists_are_one_sentence_in_any_form(files):
+    tags = [["Kitchen", "Pots"], [None, 'Say "clay"'], []]
+    (files / "items.jsonl").unlink()
+    pq.write_table(pa.table({"sku": ["tea"], "tags": [tags]}), files / "items.0.parquet")
+    with (files / "items.1.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("sku", "tags"), ("cup", json.dumps(tags)), ("pan", "[loose")])
+    lines = [{"sku": "jug", "tags": tags}, {"sku": "lid", "tags": [[]]}, {"sku": "pot", "tags": "loose]"}]
+    (files / "items.2.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = own_sequences.Own(str(files / "logs.csv"), str(files / "items.*"), COLUMNS, ("tags",))
+    catalog = given.sequences("kiosk").catalog
+    texts = dict(zip(catalog.ids.to_pylist(), catalog.texts.to_pylist(), strict=True))
+    assert {texts.pop(sku) for sku in ("tea", "cup", "jug")} == {'Kitchen Pots Say "clay".'}
+    assert texts == {"pan": "[loose.", "lid": ".", "pot": "loose]."}
 
 
 @pytest.fixture

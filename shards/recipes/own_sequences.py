@@ -5,8 +5,9 @@
 
 Parquet, CSV, TSV, JSON lines or RecBole's atomic files. Interactions have a user, an item and a time (seconds, with
 fractions or without, or dates, which are UTC unless they say otherwise), items an item and texts, which become one, a
-sentence each; a list's entries are one sentence. Every item of the file is of the catalogue, had or not. The newest
-event of a user is held out for test, the one before for valid; events of one moment keep the files' order.
+sentence each; a list's entries, and those of lists in it, are one sentence. Every item of the file is of the catalogue,
+had or not. The newest event of a user is held out for test, the one before for valid; events of one moment keep the
+files' order.
 """
 
 from __future__ import annotations
@@ -168,14 +169,17 @@ def _sentence(column: str, kind: str | None) -> str:
     if kind is None:
         return "NULL::VARCHAR"
     text, name = cast_sql(Need(column, "string"), kind), quote(column)
-    joined = f"array_to_string({cast_sql(Need(column, 'list'), kind)}, ' ')"
     if kind.endswith("]"):
-        return joined
-    if kind == "JSON":
-        return f"CASE WHEN json_type({name}) = 'ARRAY' THEN {joined} ELSE {text} END"
-    if kind == "VARCHAR":
-        return f"CASE WHEN json_valid({name}) AND json_type({name}) = 'ARRAY' THEN {joined} ELSE {text} END"
-    return text
+        return _leaves(f"to_json({name})")
+    if kind not in ("JSON", "VARCHAR"):
+        return text
+    a_list = f"json_valid({name}) AND json_type({name}) = 'ARRAY'"
+    return f"CASE WHEN {a_list} THEN {_leaves(f'CASE WHEN {a_list} THEN {name} END')} ELSE {text} END"
+
+
+def _leaves(array: str) -> str:
+    """SQL of a JSON list's texts in a row, whatever it nests them in."""
+    return f"(SELECT string_agg(atom ->> '$', ' ' ORDER BY id) FROM json_tree({array}))"
 
 
 def _microseconds(column: str, kind: str) -> str:
