@@ -109,6 +109,7 @@ def test_rows_without_users_fold_to_sequences_that_expand_to_them(domain, rows):
     [
         ("scientific", 8_442, 4_385, 59_427, 34_101),
         ("online_retail", 16_520, 3_469, 519_906, 470_346),
+        ("online_retail_shuffled", 16_520, 3_469, 519_906, 470_346),
         ("beauty", 22_363, 12_101, 198_502, 198_502 - 3 * 22_363),
         ("toys", 19_412, 11_924, 167_597, 167_597 - 3 * 19_412),
         ("games", 50_546, 16_859, 440_264, 440_264 - 3 * 50_546),
@@ -387,6 +388,33 @@ def test_the_shops_file_gives_invoices_as_users(tmp_path):
     assert set(found.catalog.texts.to_pylist()) == {"tea  cup."}
     assert sequence_rows.statistics(sequence_rows.framed(found, 50))["interactions"] == 25
     assert found.left_out["lines without description"] == 1
+
+
+def test_an_invoice_is_shuffled_alike_each_time(monkeypatch):
+    lines = pa.table(
+        {
+            "InvoiceNo": [str(at // 40) for at in range(240)],
+            "StockCode": [f"{at % 40:05d}" for at in range(240)],
+            "Description": ["cup"] * 240,
+            "Quantity": [1] * 240,
+            # One moment an invoice but for the fourth, of two: what is later stays later.
+            "InvoiceDate": pa.array([60 * (at // 40) + (120 <= at < 140) * -1 for at in range(240)], pa.timestamp("s")),
+        }
+    )
+    monkeypatch.setattr(sequence_sources, "read_lines", lambda root: lines)
+
+    def orders(domain: str) -> dict[str, list[int]]:
+        targets = sequence_sources.SOURCES[domain](domain, RAW).targets
+        test = targets.take(np.flatnonzero(targets.split == 2))
+        return dict(zip(test.user.to_pylist(), lists(sequence_rows.whole(test, np.arange(6))), strict=True))
+
+    found = orders("online_retail_shuffled")
+    assert found == orders("online_retail_shuffled")
+    assert set(map(tuple, orders("online_retail").values())) == {tuple(range(40))}
+    assert (
+        all(sorted(order) == list(range(40)) for order in found.values()) and len(set(map(tuple, found.values()))) == 6
+    )
+    assert set(found["3"][:20]) == set(range(20)) and set(found["0"][:20]) != set(range(20))
 
 
 # The whole way -------------------------------------------------------------------------------

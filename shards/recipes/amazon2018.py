@@ -11,7 +11,8 @@ and kaggle_online_retail needs data.csv of carrie1/ecommerce-data (or data-utf8.
     ratings of items without metadata go; of equal (user, item, rating, timestamp) one stays
     5-core of users and items, to a fixed point
     a user's ratings by timestamp, those of one moment in the order of the file (the original's order is
-    that of a Python set, so its ties differ from run to run)
+    that of a Python set, so its ties differ from run to run); the lines of an invoice, of one moment all,
+    in an order drawn by a fixed seed
     text: title, categories, brand, each cleaned (`cleaned`), of the first metadata line of an item
     last item test, the one before valid
 """
@@ -148,7 +149,7 @@ def category(domain: str, root: Path) -> Sequences:
 
 
 def shop(domain: str, root: Path) -> Sequences:
-    """Online Retail from the one file of Kaggle."""
+    """Online Retail from the one file of Kaggle, the lines of an invoice in no order."""
     utf8 = root / "data-utf8.csv"
     path = utf8 if utf8.is_file() else _find(root, "Ratings", "data.csv")
     with reading(path):
@@ -163,7 +164,7 @@ def shop(domain: str, root: Path) -> Sequences:
                 null_values=[""],
             ),
         )
-    return invoices(domain, lines)
+    return invoices(domain, lines, shuffled=True)
 
 
 RAW_SOURCES: dict[str, Callable[[str, Path], Sequences]] = dict.fromkeys(CATEGORIES, category) | {SHOP: shop}

@@ -7,9 +7,11 @@
     office          2018, valid and test rows by time; training out of their histories
     ml1m            every rating, whatever its stars, 5-core, leave-one-out
     online_retail   an invoice is a "user", as in UniSRec; 5-core, leave-one-out
+    online_retail_shuffled  the same in the order that UniSRec's preparation leaves: none
 
 Order of equal timestamps: ml1m and online_retail keep the order of the raw files. The others name no
-time, or come ordered.
+time, or come ordered. The authors of UniSRec pass interactions through a set, so that the lines of an invoice,
+which are of one minute, are in no order; in the file's own the next line is far easier to tell.
 
 A text is title, categories, brand: what there is of them (`sequence_rows.described`).
 """
@@ -169,14 +171,21 @@ def online_retail(domain: str, root: Path) -> Sequences:
     return invoices(domain, read_lines(root))
 
 
-def invoices(domain: str, lines: pa.Table) -> Sequences:
+def online_retail_shuffled(domain: str, root: Path) -> Sequences:
+    """The same, comparable with what is published."""
+    return invoices(domain, read_lines(root), shuffled=True)
+
+
+def invoices(domain: str, lines: pa.Table, *, shuffled: bool = False) -> Sequences:
     """UniSRec's Online Retail: an invoice is a "user", a stock code an item, its first description the text.
 
     Lines without a description go; cancellations and lines without a customer stay. The same code, quantity and
-    moment on one invoice count once. All lines of an invoice have about one time, so order within is the file's.
+    moment on one invoice count once. All lines of an invoice have about one time, so order within is the file's, or
+    chance's.
 
     Args:
         lines: InvoiceNo, StockCode, Description, Quantity, InvoiceDate (timestamp), in the file's order.
+        shuffled: lines of one moment are in an order drawn by a fixed seed.
     """
     described_lines = lines.filter(pc.is_valid(lines["Description"])).combine_chunks()
     without_text = len(lines) - len(described_lines)
@@ -187,6 +196,8 @@ def invoices(domain: str, lines: pa.Table) -> Sequences:
     once = distinct(user, item, lines["Quantity"].cast(pa.float64()).to_numpy(), time)
     user, item, time = user[once], item[once], time[once]
     kept = core(user, item)
+    if shuffled:
+        kept = np.random.default_rng(0).permutation(kept)
     first = np.unique(code.indices.to_numpy(), return_index=True)[1]
     titles = pc.utf8_lower(pc.utf8_trim_whitespace(lines["Description"].combine_chunks().take(pa.array(first))))
     catalog = Catalog(code.dictionary, titles)
@@ -216,4 +227,5 @@ SOURCES: dict[str, Callable[[str, Path], Sequences]] = {
     "office": office,
     "ml1m": ml1m,
     "online_retail": online_retail,
+    "online_retail_shuffled": online_retail_shuffled,
 }
