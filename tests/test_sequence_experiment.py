@@ -173,7 +173,12 @@ def test_users_are_drawn_with_the_rows_of_all_seeds(tmp_path, capsys):
     (fewer,) = paired_runs(experiment, lines, tmp_path / "three" / "r.json", tmp_path / "three")
     assert fewer["seeds"] == [0, 1]
     print_paired(three)
-    assert "x: a minus b, s" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "x: a minus b, s" in shown
+    # All of it stands in 80 columns.
+    told = three[0]["overall"]["metrics"]["ndcg@10"]
+    values = [f"{told['ours']:.4f}", *(f"{three[0]['by_seed']['ndcg@10'][seed]:+.4f}" for seed in "012")]
+    assert "N@10" in shown and all(value in shown for value in values)
 
 
 def test_pairs_of_several_runs_are_those_of_each():

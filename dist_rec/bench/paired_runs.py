@@ -121,14 +121,16 @@ def print_paired(entries: list[Entry]) -> None:
     console = Console()
     for entry in entries:
         title = f"{entry['title']}: {entry['variant']} minus {entry['reference']}, {entry['split']}"
-        table = Table("metric", title=title, title_justify="left")
-        columns = ("this", "other", "difference", "95 % interval", "p", *(f"seed {seed}" for seed in entry["seeds"]))
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+        table = Table(title=title, title_justify="left")
+        for column in ("metric", "this", "other", "difference", "95 % interval", "p"):
+            table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+        # Wraps where there is no room for all.
+        table.add_column(f"seed {', '.join(map(str, entry['seeds']))}")
         for name, m in entry["overall"]["metrics"].items():
             interval = f"{signed(m['low'])} .. {signed(m['high'])}"
             values = [f"{m['ours']:.4f}", f"{m['other']:.4f}", signed(m["difference"]), interval, shown_p(m["p"])]
-            table.add_row(short(name), *values, *(signed(entry["by_seed"][name][str(s)]) for s in entry["seeds"]))
+            by_seed = entry["by_seed"][name]
+            table.add_row(short(name), *values, " ".join(signed(by_seed[str(seed)]) for seed in entry["seeds"]))
         console.print(table)
     if entries:
         whole = entries[0]
