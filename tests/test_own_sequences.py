@@ -144,7 +144,7 @@ def test_files_of_items_may_have_other_texts_and_lists_in_any_form(files):
 
 
 def test_lists_in_lists_are_one_sentence_in_any_form(files):
-    tags = [["Kitchen", "Pots"], [None, 'Say "clay"'], []]
+    tags = [["Kitchen", "", "Pots"], [None, 'Say "clay"'], []]
     (files / "items.jsonl").unlink()
     pq.write_table(pa.table({"sku": ["tea"], "tags": [tags]}), files / "items.0.parquet")
     with (files / "items.1.csv").open("w", newline="") as file:

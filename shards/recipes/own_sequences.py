@@ -178,8 +178,8 @@ def _sentence(column: str, kind: str | None) -> str:
 
 
 def _leaves(array: str) -> str:
-    """SQL of a JSON list's texts in a row, whatever it nests them in."""
-    return f"(SELECT string_agg(atom ->> '$', ' ' ORDER BY id) FROM json_tree({array}))"
+    """SQL of a JSON list's texts in a row, whatever it nests them in; null and empty ones are left out."""
+    return f"(SELECT string_agg(nullif(atom ->> '$', ''), ' ' ORDER BY id) FROM json_tree({array}))"
 
 
 def _microseconds(column: str, kind: str) -> str:
