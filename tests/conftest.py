@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
@@ -109,7 +110,7 @@ def run_command(command: list[str], seconds: float, cwd: Path = ROOT) -> subproc
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def start(command: list[str], cwd: Path = ROOT) -> subprocess.Popen:
+def start(command: list[str], cwd: Path = ROOT, stderr: int | IO[str] = subprocess.PIPE) -> subprocess.Popen:
     """A command in the background, whose `family` can be found whatever it does."""
     mark = uuid.uuid4().hex
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DIST_REC_TEST": mark}
@@ -118,7 +119,7 @@ def start(command: list[str], cwd: Path = ROOT) -> subprocess.Popen:
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
