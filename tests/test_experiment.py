@@ -6,12 +6,13 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, build_small, run_command
+from conftest import ROOT, build_small, kill_family, run_command, start
 from scipy.stats import ttest_rel, wilcoxon
 
 from dist_rec.bench import experiment as experiments
@@ -64,7 +65,7 @@ def trainings(monkeypatch) -> list[dict]:
             for n, name in enumerate(DOMAINS)
         }
         told = {"rates": {"train_rows_per_s": 1000.4, "train_seconds": 3.14}, "split": "test", "step": 7}
-        told["summary"] = {"epochs": [{}, {}]}
+        told |= {"summary": {"epochs": [{}, {}]}, "resumed": False}
         return {"overall": {"ctr": metrics(5, 27), "relevance": metrics(5, 5)}, "domains": of_domain, **told}
 
     monkeypatch.setattr(experiments, "_train", train)
@@ -245,3 +246,41 @@ def test_an_experiment_from_end_to_end(tmp_path):
         ("middle", ["relevance"]),
     ]
     assert all(0 <= e["domains"][e["domain"]][t]["auc"] <= 1 for e, t in zip(said, ("ctr", "relevance"), strict=True))
+
+
+def test_a_run_that_was_cut_goes_on_unless_its_config_is_another(small, tmp_path):
+    def write_it(**changes) -> Path:
+        config = {"data": {"batch_size": 40}, "tables": {"dim": 4}, "model": {"width": 8}, "train": {"epochs": 30}}
+        config |= {"checkpoint": {"every_steps": 5}, **changes}
+        variants = {"plain": {"model.body.kind": "shared_bottom"}}
+        return write(tmp_path, small, seeds=[3], variants=variants, comparisons={}, config=config)
+
+    path, results, runs = write_it(), tmp_path / "r.json", tmp_path / "runs"
+    command = [sys.executable, "-m", "dist_rec", "bench", "experiment", str(path), "--results", str(results)]
+    command += ["--runs", str(runs), "--only", "whole/plain/3"]
+    job, deadline, folder = start(command), time.monotonic() + 240, runs / "whole-plain-3"
+    try:
+        while not (folder / "checkpoints" / "latest").exists():
+            assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=9)
+            time.sleep(0.02)
+    finally:
+        kill_family(job)
+    assert not results.exists() and not (folder / "summary.json").exists()
+
+    def line() -> dict:
+        done = run_command(command, 240)
+        assert done.returncode == 0, done.stderr
+        return json.loads(results.read_text())[0]
+
+    def steps() -> list[int]:
+        told = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [entry["step"] for entry in told if "losses" in entry]
+
+    before = steps()
+    assert line()["resumed"] is True and steps()[: len(before)] == before and (folder / "summary.json").exists()
+    for finished in (True, False):
+        results.unlink()
+        if not finished:
+            (folder / "summary.json").unlink()
+            write_it(train={"epochs": 2})
+        assert "resumed" not in line()

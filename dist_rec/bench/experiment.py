@@ -11,9 +11,9 @@ An experiment file holds a whole training config under `config`, and what varies
 A variant with `per_domain` is one run for each domain of its data, trained on that domain alone; of each only the
 figures of its domain count. One with `splits` has runs on those alone. One with `pretrained` starts from the run that
 the split names as `finetune.run`, which the others leave alone; so a split is a data set, with what there is to start
-from. Each run is a torchrun of its own. Results are a JSON list that grows run by run, so an interrupted experiment
-goes on where it stopped. Knows no model: a run is what `train` does. What the results say is told by `compare.py`,
-and by `paired_runs.py` where runs keep every row's place.
+from. Each run is a torchrun of its own. Results are a JSON list that grows run by run, and a run that was cut goes on
+from its last checkpoint, so an interrupted experiment goes on where it stopped. Knows no model: a run is what `train`
+does. What the results say is told by `compare.py`, and by `paired_runs.py` where runs keep every row's place.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from ..config import Config, apply_overrides, check_names
+from ..config import Config, apply_overrides, check_names, load_config
 from ..config.training import UNORDERED
 from ..data.index import read_index
 from ..errors import UserError
 from ..files import write_text
-from ..strict import from_dict, read_yaml, strict
+from ..strict import from_dict, read_yaml, strict, to_dict
 
 # Of results that were written when there was one task.
 METRICS = ("auc", "gauc", "logloss")
@@ -252,14 +252,33 @@ def _resolved(experiment: Experiment, overrides: dict[str, Any], origin: str) ->
 
 
 def _train(config: Path, folder: Path, nproc_per_node: int) -> dict[str, Any]:
-    """The run's evaluation.json, with its summary.json as `summary`."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """The run's evaluation.json, with its summary.json as `summary`, and whether it was `resumed`.
+
+    A run of this config that was cut goes on from its last checkpoint; anything else in `folder` makes room.
+    """
+    resumed = _was_cut(config, folder)
+    if not resumed:
+        shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "dist_rec", "train", str(config), "--nproc-per-node", str(nproc_per_node)]
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         raise UserError(f"the run of {config} ended with {finished.returncode}:\n{finished.stderr[-2000:]}")
     found = [json.loads((folder / f"{name}.json").read_text()) for name in ("evaluation", "summary")]
-    return {**found[0], "summary": found[1]}
+    return {**found[0], "summary": found[1], "resumed": resumed}
+
+
+def _was_cut(config: Path, folder: Path) -> bool:
+    """Does `folder` hold an unfinished run of this very config, with a checkpoint?"""
+    from ..training.checkpoint import checkpoints
+    from ..training.resume import changes
+
+    if (folder / "summary.json").exists() or not checkpoints(folder / "checkpoints"):
+        return False
+    try:
+        held = load_config(folder / "config.yaml")
+    except UserError:
+        return False
+    return not changes(to_dict(held), to_dict(load_config(config)))
 
 
 def _check_foundation(run: str) -> None:
@@ -300,6 +319,7 @@ def _figures(evaluation: dict[str, Any], domain: str | None) -> dict[str, Any]:
         "step": evaluation["step"],
         "epochs": len(summary["epochs"]),
         **({"valid": {stopped["metric"]: stopped["best"]}} if stopped else {}),
+        **({"resumed": True} if evaluation["resumed"] else {}),
         "train_rows_per_s": round(rates["train_rows_per_s"]),
         "train_seconds": round(rates["train_seconds"], 1),
     }
