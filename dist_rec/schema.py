@@ -36,11 +36,15 @@ class Vocabulary:
 
     `inherited` is filled in by the builder where a data set extends others: the sizes that a dictionary had in them,
     the oldest first. Rows from one size up to the next live in an embedding table of their own.
+
+    `digests` tells dictionaries of one size apart, filled in by the builder: for each of `inherited`, then for `size`,
+    128 bits in hex of the values below it and their rows. Empty in data sets that were built before it was there.
     """
 
     kind: Literal["dictionary", "hash", "integer", "raw"] = "dictionary"
     size: int = Field(default=0, ge=0)
     inherited: list[int] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
     @model_validator(mode="after")
     def _size_is_given(self):
@@ -53,7 +57,14 @@ class Vocabulary:
             self.kind != "dictionary" or sorted(set(sizes[:-1])) != sizes[:-1] or sizes[-2] > sizes[-1]
         ):
             raise ValueError(f"inherited must be ascending sizes of a dictionary, none above {self.size}")
+        if self.digests and (self.kind != "dictionary" or len(self.digests) != len(self.steps)):
+            raise ValueError("digests are a dictionary's, one for each of inherited and one for size")
         return self
+
+    @property
+    def steps(self) -> list[int]:
+        """The sizes that a dictionary has had, with its own."""
+        return [*self.inherited, self.size]
 
 
 @strict

@@ -207,6 +207,23 @@ def test_what_cannot_be_appended_is_refused_and_changes_nothing(small_set, tmp_p
     refuse("its vocabularies are missing")
 
 
+def test_digests_tell_another_vocabulary_and_sets_from_before_them_go_without(small_set, tmp_path):
+    new, path = str(tmp_path / "new.parquet"), small_set / "index.json"
+    held = pq.read_table(small_set / "vocabulary" / "tags.parquet").to_pylist()
+    before = read_index(str(small_set)).schema.features["tags"].vocabulary
+    held[0]["value"], held[1]["value"] = held[1]["value"], held[0]["value"]
+    write(small_set / "vocabulary" / "tags.parquet", held)
+    with pytest.raises(UserError, match="is not the vocabulary that the data set was built with"):
+        append(str(small_set), [new], workers=1)
+    tree = json.loads(path.read_text())
+    for feature in tree["schema"]["features"].values():
+        del feature["vocabulary"]["digests"]
+    path.write_text(json.dumps(tree))
+    append(str(small_set), [new], workers=1)
+    after = read_index(str(small_set)).schema.features["tags"].vocabulary
+    assert before.digests and after == replace(before, digests=[])
+
+
 def tokenizer_with_one_token() -> str:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

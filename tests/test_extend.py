@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
 from copy import deepcopy
 from dataclasses import replace
+from functools import reduce
+from operator import xor
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,13 @@ def test_the_schema_is_the_old_one_and_then_the_new_one(old, shop):
     assert verify(str(shop))["rows"] == 40 and {shard.domain for shard in index.shards} == {"lamps"}
 
 
+def digests_of(values: list[str | None], sizes: list[int]) -> list[str]:
+    """Of a dictionary's values, row 0 first."""
+    md5 = [hashlib.md5(f"{row}:{value}".encode()).digest() for row, value in enumerate(values)]
+    each = [int.from_bytes(one, "little") for one in md5[1:]]
+    return [f"{reduce(xor, each[: size - 1], 0):032x}" for size in sizes]
+
+
 def test_old_values_keep_their_rows_and_new_ones_follow(old, shop):
     before, index = read_index(str(old / "train")).schema, read_index(str(shop)).schema
     for table, new in (("user", ["v0", "v1", "v2", "v3"]), ("item", None), ("tags", []), ("colour", ["red", "blue"])):
@@ -85,6 +95,9 @@ def test_old_values_keep_their_rows_and_new_ones_follow(old, shop):
         assert vocabulary.size == len(have)
         grown = table in before.features and len(have) > len(had)
         assert vocabulary.inherited == ([len(had)] if grown else [])
+        assert vocabulary.digests == digests_of(have, vocabulary.steps)
+        if table in before.features:
+            assert vocabulary.digests[0] == before.features[table].vocabulary.digests[0]
     # In order of first appearance: row by row, and in a row the features in the schema's order.
     seen = dict.fromkeys(v for row in shop_rows() for v in (row["sku"], *row["seen"]))
     assert values(shop, "item") == [*values(old, "item"), *(v for v in seen if v not in values(old, "item"))]
@@ -292,6 +305,9 @@ def test_what_one_model_could_not_read_is_refused(old, tmp_path):
     table = pq.read_table(old / "vocabulary" / "item.parquet").to_pylist()
     write(bare / "vocabulary" / "item.parquet", [*table, {"value": "more", "row": len(table) + 1}])
     refuse("item.parquet has rows up to .* so it is not the vocabulary", parent=bare)
+    table[0]["value"], table[1]["value"] = table[1]["value"], table[0]["value"]
+    write(bare / "vocabulary" / "item.parquet", table)
+    refuse("item.parquet has other values, or in another order, .* so it is not the vocabulary", parent=bare)
     with pytest.raises(UserError, match="is or holds .*, which is to stay"):
         build(SHOP, ["x"], str(bare), extends=str(bare / "train"), overwrite=True, workers=1)
     foreign = [row | {"domain": "books"} for row in shop_rows()]
@@ -337,6 +353,7 @@ def test_all_that_would_make_old_blocks_wrong_is_a_fault(old, shop):
         ({"size": sizes["size"]}, "has grown by the sizes"),
         ({"size": sizes["size"], "inherited": [3]}, "has grown by the sizes 3,"),
         ({"size": 2**31, "inherited": sizes["inherited"]}, "ids in its blocks take 64 bits"),
+        (sizes | {"digests": sizes["digests"][::-1]}, "item.vocabulary has other values in its first"),
     ):
         assert said in faults(set_in("features", "item", "vocabulary", to=vocabulary))
     assert "bucket.vocabulary.size is 51" in faults(set_in("features", "bucket", "vocabulary", "size", to=51))

@@ -169,6 +169,8 @@ def test_data_that_does_not_extend_is_refused_before_anything_is_made_of_it(foun
         derive(foundation[0], small, Wishes(), 1)
     with pytest.raises(UserError, match="name the folder above the splits"):
         derive(foundation[0], f"{small}/nothing", Wishes(), 1)
+    with pytest.raises(UserError, match="is the test split of a data set: name the folder above"):
+        derive(foundation[0], f"{foundation[1]}/test", Wishes(), 1)
 
 
 def test_features_that_the_foundation_did_not_read_are_left_out(foundation, tmp_path):

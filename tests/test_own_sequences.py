@@ -44,6 +44,7 @@ ITEMS = [
     {"sku": "pot", "name": "Pot", "tags": ["clay"]},
 ]
 COLUMNS = {"user": "visitor", "item": "sku", "time": "seen_at"}
+FIRST = "first events of users of two or three, who have no training row"
 
 
 @pytest.fixture
@@ -75,15 +76,23 @@ def test_sequences_are_by_time_then_by_the_file_over_the_whole_catalogue(files):
     assert rows["ann", 0] == (["jug"], "tea")
     assert found.left_out == {
         "events of items that the items lack": 1,
+        "events of users or items with fewer than 1": 0,
         "users of one event": 1,
+        FIRST: 1,
         "items without text": 1,
     }
+    counts = sequence_rows.statistics(sequence_rows.framed(found, 50))
+    lost = sum(counts["left_out"][reason] for reason in (*list(found.left_out)[:3], FIRST))
+    assert counts["interactions"] + lost == len(EVENTS.splitlines()) - 1
+    assert counts["dates"] == ["2024-01-02", "2024-02-02"]
 
 
 def test_few_events_can_be_asked_to_go(files):
     with pytest.raises(UserError, match="nothing is left of 7 events of known items; users and items need 3 each"):
         own(files, least=3).sequences("kiosk")
-    assert set(own(files, least=2).sequences("kiosk").targets.user.to_pylist()) == {"ann", "cat"}
+    found = own(files, least=2).sequences("kiosk")
+    assert set(found.targets.user.to_pylist()) == {"ann", "cat"}
+    assert found.left_out["events of users or items with fewer than 2"] == 1
 
 
 @pytest.mark.parametrize(
@@ -98,6 +107,8 @@ def test_few_events_can_be_asked_to_go(files):
         ("logs.csv", "ann,jug,2024-01-01", "ann,jug,", r".*logs.csv has a row without seen_at"),
         ("logs.csv", "2024-02-01", "yesterday", "column seen_at: 'yesterday' in .* is neither seconds nor a date"),
         ("logs.csv", "2024-02-01", "1706745600000", ".*1706745600000 seconds, which looks like milliseconds"),
+        ("logs.csv", "2024-02-01", "1706745600000000000", ".*1706745600000000000 seconds, which looks .* or finer"),
+        ("logs.csv", "2024-02-01", "-inf", "column seen_at: '-inf' in .* is neither seconds nor a date"),
         ("logs.csv", EVENTS.split("\n", 1)[1], "", ".*logs.csv has no rows"),
         (
             "logs.csv",
@@ -120,6 +131,32 @@ def test_wrong_files_are_refused_in_words(files, name, old, new, fault):
     with pytest.raises(UserError) as refused:
         own(files).sequences("kiosk")
     assert re.match(fault, str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize(
+    ("times", "fault"),
+    [
+        ([2.0, float("nan")], "logs.parquet has a row without seen_at"),
+        ([2.0, float("inf")], "column seen_at: 'inf' in .*logs.parquet is neither seconds nor a date"),
+        ([2.0, 1e30], "column seen_at: '1e[+]?30' in .*logs.parquet is neither seconds nor a date"),
+    ],
+)
+def test_numbers_that_are_no_times_are_refused_in_words(files, times, fault):
+    pq.write_table(pa.table({"visitor": ["a"] * 2, "sku": ["tea", "cup"], "seen_at": times}), files / "logs.parquet")
+    with pytest.raises(UserError, match=fault):
+        own_sequences.Own(str(files / "logs.parquet"), str(files / "items.jsonl"), COLUMNS, ("name",)).sequences("x")
+
+
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_times_are_of_any_unit_with_a_zone_or_without(files, unit, zone):
+    times = pa.array([1_700_000_003, 1_700_000_002, 1_700_000_001]).cast(pa.timestamp("s")).cast(pa.timestamp(unit))
+    times = times.cast(pa.timestamp(unit, zone)) if zone else times
+    table = pa.table({"visitor": ["a"] * 3, "sku": ["tea", "cup", "jug"], "seen_at": times})
+    pq.write_table(table, files / "logs.parquet")
+    found = own_sequences.Own(str(files / "logs.parquet"), str(files / "items.jsonl"), COLUMNS, ("name",))
+    targets = found.sequences("x").targets
+    assert targets.time.to_pylist() == [1_700_000_002, 1_700_000_003] and targets.item.tolist() == [1, 0]
 
 
 def test_baskets_are_no_events(files):
@@ -189,6 +226,14 @@ def test_what_it_shares_with_a_target_is_told_by_titles(files):
     mine, others = own(files).sequences("kiosk"), own(files, texts=("name",)).sequences("stall")
     _, shared = overlap.shared_items(overlap.Identities(mine), overlap.Identities(others))
     assert shared.tolist() == [True, True, False, True]
+    found = overlap.Overlap([others])
+    found.add(mine)
+    assert found.in_words()[-3:] == [
+        "target stall: 0 of 2 users and 3 of 4 items are known to occur in pretraining. Raw ids are known of 0 of 2 "
+        "users and 0 of 4 items of pretraining, and of 0 of 2 users and 0 of 4 items of the target.",
+        "    one side has no raw ids of users, so users are told by nothing",
+        "    one side has no raw ids of items, so items are told by title alone",
+    ]
 
 
 def recipe(*words: str | Path) -> subprocess.CompletedProcess:
@@ -198,16 +243,20 @@ def recipe(*words: str | Path) -> subprocess.CompletedProcess:
 
 def test_from_the_command_line_to_a_data_set_and_one_that_extends_it(files):
     given = ["--interactions", files / "logs.csv", "--items", files / "items.jsonl", "--text", "name,tags"]
-    given += ["--columns", "user=visitor,item=sku,time=seen_at"]
+    given += ["--columns", "user=visitor,item=sku", "--columns", "time=seen_at"]
     built = recipe("--out", files / "kiosk", "--domains", "kiosk", *given)
     assert built.returncode == 0, built.stderr
     assert (
-        "kiosk: 2 users, 4 items, 5 interactions; rows 1 train, 1 valid, 2 test; 1 training positions" in built.stdout
+        "kiosk: 2 users, 4 items, 5 interactions; rows 1 train, 1 valid, 2 test; 1 training positions; targets "
+        "from 2024-01-02 to 2024-02-02\n" in built.stdout
     )
     later = recipe("--out", files / "later", "--domains", "stall", "--extends", files / "kiosk", *given)
     assert later.returncode == 0, later.stderr
     assert read_index(str(files / "kiosk" / "catalogue")).rows == 4
     assert "stall" in read_index(str(files / "later" / "train")).schema.domains.names
+    (files / "logs.csv").write_text(EVENTS.replace("ann,tea,2024-01-05\n", ""))
+    few = recipe("--out", files / "few", "--domains", "kiosk", *given)
+    assert few.returncode == 2 and "kiosk: no user has a training row, which takes four events" in few.stderr
 
 
 @pytest.mark.parametrize("option", ["--domains", "--overlap-with", "--without-overlap"])

@@ -230,6 +230,8 @@ def test_a_cap_keeps_whole_users():
     few = sequence_rows.capped(given, 30, 0)
     assert len(few.targets) == 30 and len(few.catalog) == len(given.catalog)
     assert set(np.bincount(few.targets.owner)) == {0, 3}
+    assert few.left_out["rows of users beyond 30 rows"] == 3 * 40 - 30
+    assert sequence_rows.training_only(given).left_out["valid and test rows"] == 2 * 40
     assert not np.array_equal(few.targets.owner, sequence_rows.capped(given, 30, 1).targets.owner)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,42 @@ def test_evaluate_says_what_training_said(runs):
     assert evaluation(runs[1])["overall"]["next"] == pytest.approx(before["overall"]["next"], abs=1e-9)
     dist_rec("evaluate", runs[1], "--split", "valid", "--nproc-per-node", "2")
     assert set(evaluation(runs[1], "evaluation-valid")["domains"]) == {"books", "films"}
+    assert "overrides" not in json.loads((runs[1] / "evaluation.json").read_text())
+
+
+def test_what_an_evaluation_overrides_stands_beside_its_figures(runs, tmp_path):
+    if not runs[0].name.startswith("full"):
+        pytest.skip("one will do")
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    dist_rec("evaluate", run, "--evaluate.mask_history", "true", "--evaluate.batch_size", "16")
+    told = json.loads((run / "evaluation.json").read_text())
+    assert told["overrides"] == {"evaluate.mask_history": True, "evaluate.batch_size": 16}
+    dist_rec("report", run)
+    assert "test split, step 10, --evaluate.batch_size 16, --evaluate.mask_history true" in (
+        (run / "report.html").read_text().replace("&quot;", '"')
+    )
+
+
+def test_data_built_anew_in_another_order_are_other_ids_unless_ids_are_nothing_to_the_model(runs, tmp_path):
+    """Tables of the same sizes would be read as if nothing had happened."""
+    if runs[0].name.startswith("sampled"):
+        pytest.skip("as full")
+    run, data = tmp_path / "run", Path(build_sequences(tmp_path, sequence_rows()[::-1]))
+    shutil.copytree(runs[0], run)
+    splits = [w for name in ("train", "valid", "test", "catalogue") for w in (f"--data.{name}", str(data / name))]
+    command = [sys.executable, "-m", "dist_rec", "evaluate", str(run), *splits]
+    if runs[0].name.startswith("in_batch"):
+        assert run_command(command, SECONDS).returncode == 0
+        assert evaluation(run)["overall"]["next"] == pytest.approx(evaluation(runs[0])["overall"]["next"], abs=1e-6)
+        return
+    done = run_command(command, SECONDS)
+    assert done.returncode == 2 and f"{run} was trained on other ids of item_id: {data}/train has been" in done.stderr
+    for index in data.glob("*/index.json"):  # as of a data set from before there were digests
+        tree = json.loads(index.read_text())
+        tree["schema"]["features"]["item_id"]["vocabulary"]["digests"] = []
+        index.write_text(json.dumps(tree))
+    assert run_command(command, SECONDS).returncode == 0
 
 
 def test_a_report_has_curves_and_metrics_by_domain_and_no_gates(runs):

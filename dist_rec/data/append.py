@@ -166,8 +166,8 @@ def _sizes(index: Index) -> tuple[int, int]:
 def _check_schema(resolved: Schema, schema: Schema, home: Path) -> None:
     if resolved != schema:
         raise UserError(
-            f"{home / VOCABULARY_NAME} has rows that the data set's index does not know, so it is not the vocabulary "
-            "that the data set was built with: restore that one."
+            f"{home / VOCABULARY_NAME} has rows that the data set's index does not know, or in another order, so it is "
+            "not the vocabulary that the data set was built with: restore that one."
         )
 
 

@@ -14,6 +14,8 @@ from ..schema import RAW_IDS, Schema
 
 Use = Literal["string", "list", "vector", "number", "time"]
 SQL_TYPE = {"string": "VARCHAR", "list": "VARCHAR[]", "vector": "FLOAT[]", "number": "DOUBLE", "time": "BIGINT"}
+# Of seconds that 64 bits hold with room for differences.
+LATEST = 2**61
 # The column of every table that names the file a row is from.
 FILE = "__file__"
 COMPLAINT = re.compile(r"<<dist_rec (.*?)>>", re.DOTALL)
@@ -62,15 +64,26 @@ def cast_sql(need: Need, kind: str) -> str:
             f"THEN {_complain(need, text, 'is no number')} ELSE {value} END"
         )
     if not untyped:
-        if kind.startswith(("TIMESTAMP", "DATE")):
-            return f"CAST(floor(epoch({column})) AS BIGINT)"
-        value = f"CAST({column} AS DOUBLE)"
-        return f"CASE WHEN NOT isnan({value}) THEN CAST(floor({value}) AS BIGINT) END"
-    seconds = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMPTZ)))"
+        if is_instant(kind):
+            return f"CAST(floor(epoch({instant(column, kind)})) AS BIGINT)"
+        seconds = f"CAST({column} AS DOUBLE)"
+        text = f"CAST({column} AS VARCHAR)"
+    else:
+        seconds = f"coalesce(TRY_CAST({text} AS DOUBLE), epoch(TRY_CAST({text} AS TIMESTAMPTZ)))"
     return (
-        f"CASE WHEN {text} IS NULL OR isnan({seconds}) THEN NULL WHEN {seconds} IS NULL "
+        f"CASE WHEN {text} IS NULL OR isnan({seconds}) THEN NULL WHEN {seconds} IS NULL OR abs({seconds}) > {LATEST} "
         f"THEN {_complain(need, text, 'is neither seconds nor a date')} ELSE CAST(floor({seconds}) AS BIGINT) END"
     )
+
+
+def is_instant(kind: str) -> bool:
+    """Does a DuckDB type hold points in time?"""
+    return kind.startswith(("TIMESTAMP", "DATE"))
+
+
+def instant(column: str, kind: str) -> str:
+    """SQL of a column of points in time that DuckDB's `epoch` functions take."""
+    return f"CAST({column} AS TIMESTAMPTZ)" if kind == "TIMESTAMPTZ_NS" else column
 
 
 def _complain(need: Need, text: str, fault: str, tail: str = "") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ..errors import UserError
-from ..schema import Feature, Label, Schema
+from ..schema import Feature, Label, Schema, Vocabulary
 from ..strict import from_dict, strict, to_dict
 from .index import Extension, FeatureStatistics, Index
 from .rows import id_dtype
@@ -63,15 +63,21 @@ def _vocabulary_differences(place: str, new: Feature, old: Feature) -> list[str]
         return [f"{place}.kind is {have.kind!r}, it was {had.kind!r}"]
     if had.kind != "dictionary":
         return [] if have.size == had.size else [f"{place}.size is {have.size}, it was {had.size}"]
-    steps, known = [*have.inherited, have.size], [*had.inherited, had.size]
-    if steps[: len(known)] != known:
+    if have.steps[: len(had.steps)] != had.steps:
         return [
-            f"{place} has grown by the sizes {', '.join(map(str, steps))}, which are to begin with "
-            f"{', '.join(map(str, known))}: its values are not numbered after the old ones"
+            f"{place} has grown by the sizes {', '.join(map(str, have.steps))}, which are to begin with "
+            f"{', '.join(map(str, had.steps))}: its values are not numbered after the old ones"
         ]
+    if renumbered(have, had):
+        return [f"{place} has other values in its first {had.size} rows, or in another order, by its digests"]
     if id_dtype(have.size) != id_dtype(had.size):
         return [f"{place} has grown to {have.size} rows: ids in its blocks take 64 bits, in old blocks 32"]
     return []
+
+
+def renumbered(one: Vocabulary, other: Vocabulary) -> bool:
+    """Do a number's values in two dictionaries, of which one may extend the other, differ, where digests can tell?"""
+    return any(a != b for a, b in zip(one.digests, other.digests, strict=False))
 
 
 @strict
@@ -197,7 +203,7 @@ def _overlaid(place: str, said: Mapping[str, Any], entry: dict[str, Any], faults
     for key in said.keys() & kept.keys():
         if key == "vocabulary" and isinstance(said[key], Mapping):
             # A dictionary's size is the builder's, so 0 says nothing.
-            named = {k: v for k, v in said[key].items() if v or k not in ("size", "inherited")}
+            named = {k: v for k, v in said[key].items() if v or k not in ("size", "inherited", "digests")}
             result[key] = kept[key] | named
             differing = {f"{key}.{k}": (v, kept[key][k]) for k, v in named.items() if k in kept[key]}
         else:

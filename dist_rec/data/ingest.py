@@ -16,6 +16,7 @@ import duckdb
 from ..errors import UserError
 from ..schema import Feature, Schema, Vocabulary
 from .casts import literal, no_id, quote, raw_id
+from .extend import renumbered
 from .index import SPLITS
 from .sources import Source
 from .split import Split, split_sql
@@ -145,6 +146,9 @@ def build_vocabularies(
         elif reuse is not None and not grow:
             size = _reuse(source, table, target, Path(reuse) / f"{table}.parquet")
             found[table] = replace(vocabulary, size=size)
+            # Of a data set from before there were digests, which is appended to, the index has none.
+            if vocabulary.digests or not vocabulary.size:
+                found[table] = _digested(con, target, found[table])
             unknown = 0
             if names:
                 strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value) WHERE n >= {source.first}"
@@ -159,7 +163,7 @@ def build_vocabularies(
         elif names:
             _number(con, target, f"SELECT * FROM ({_uses(source, names)}) WHERE n >= {source.first}")
             size = con.execute(f"SELECT count(*) + 1 FROM {target}").fetchone()[0]
-            found[table] = replace(vocabulary, size=size)
+            found[table] = _digested(con, target, replace(vocabulary, size=size))
         else:
             raise UserError(f"table {table!r}: no feature brings values into it, so its vocabulary would be empty.")
     return found
@@ -176,10 +180,12 @@ def _grow(source: Source, table: str, target: str, path: Path, names: list[str])
     """An earlier build's dictionary, and after it the values of the features `names` that it does not know."""
     con, vocabulary = source.con, source.schema.features[table].vocabulary
     size = _reuse(source, table, target, path)
-    if size != vocabulary.size:
+    fault = f"rows up to {size - 1}, and the index of its data set {vocabulary.size} rows"
+    if size == vocabulary.size:
+        fault = "other values, or in another order, than the index of its data set says"
+    if size != vocabulary.size or renumbered(_digested(con, target, vocabulary), vocabulary):
         raise UserError(
-            f"{path} has rows up to {size - 1}, and the index of its data set {vocabulary.size} rows, so it is not the "
-            "vocabulary that the data set was built with: restore that one."
+            f"{path} has {fault}, so it is not the vocabulary that the data set was built with: restore that one."
         )
     if names:
         strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value) WHERE n >= {source.first}"
@@ -189,7 +195,15 @@ def _grow(source: Source, table: str, target: str, path: Path, names: list[str])
         )
     grown = con.execute(f"SELECT count(*) FROM {target} WHERE row >= {size}").fetchone()[0]
     inherited = [*vocabulary.inherited, size] if grown else vocabulary.inherited
-    return replace(vocabulary, size=size + grown, inherited=inherited)
+    return _digested(con, target, replace(vocabulary, size=size + grown, inherited=inherited, digests=[]))
+
+
+def _digested(con: duckdb.DuckDBPyConnection, target: str, vocabulary: Vocabulary) -> Vocabulary:
+    """The dictionary in the table `target`, with digests: the MD5 of each row and value, by exclusive or."""
+    one = "bit_xor(md5_number(concat(row, ':', value)))"
+    below = ", ".join(f"coalesce({one} FILTER (WHERE row < {size}), 0)" for size in vocabulary.steps)
+    digests = con.execute(f"SELECT {below} FROM {target}").fetchone()
+    return replace(vocabulary, digests=[f"{digest:032x}" for digest in digests])
 
 
 def _reuse(source: Source, table: str, target: str, path: Path) -> int:

@@ -103,7 +103,13 @@ def find_splits(data: str, config: Config) -> Splits:
             f"--data {data}: no {INDEX_NAME} there, nor in {join(data, SPLITS[0])}: name the folder above the splits, "
             "or a training set. `dist-rec shards build --extends` makes one."
         )
-    return Splits(roots, read_index(roots[SPLITS[0]], retry_of(config.data)))
+    index = read_index(roots[SPLITS[0]], retry_of(config.data))
+    if index.split in (*SPLITS[1:], CATALOGUE):
+        raise UserError(
+            f"--data {data} is the {index.split} split of a data set: name the folder above the splits, or the "
+            "training set."
+        )
+    return Splits(roots, index)
 
 
 def _is_data_set(root: str, config: Config) -> bool:

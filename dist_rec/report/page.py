@@ -25,7 +25,7 @@ from . import figures
 from .curves import read_curves
 from .kernels import kernels_part
 from .measure import measure
-from .table import columns_of, evaluation_lines
+from .table import columns_of, evaluation_lines, title_of
 
 PAGE_NAME = "report.html"
 LARGEST_PICTURE = 2 << 20
@@ -223,7 +223,7 @@ def _evaluation_part(found: dict[str, Any]) -> list[str]:
         for name, held in evaluation.get("baselines", {}).items()
     ]
     rates = ", ".join(f"{name.replace('_', ' ')} {value:,.1f}" for name, value in evaluation["rates"].items())
-    title = f"<h2>Evaluation: {escape(evaluation['split'])} split, step {evaluation['step']:,}</h2>"
+    title = f"<h2>Evaluation: {escape(title_of(evaluation))}</h2>"
     return [
         title,
         _rows(["domain", "task", *columns_of(evaluation)], lines, 2, classes),

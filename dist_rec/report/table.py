@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def _table_of(evaluation: dict[str, Any]) -> Table:
     # The whole must fit 80 columns, or names of domains and numbers are cut.
     apart = 1 if len(columns) <= len(COLUMNS) else 0
     table = Table(
-        title=f"{evaluation['split']} split, step {evaluation['step']}",
+        title=title_of(evaluation),
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -52,6 +53,12 @@ def _table_of(evaluation: dict[str, Any]) -> Table:
         scope = line["scope"]
         table.add_row("" if line["baseline"] else line["scope"], line["baseline"] or line["task"], *line["values"])
     return table
+
+
+def title_of(evaluation: dict[str, Any]) -> str:
+    """Of what rows, of which step, and what was other than in the run's config."""
+    asked = [f"--{key} {json.dumps(value)}" for key, value in evaluation.get("overrides", {}).items()]
+    return ", ".join([f"{evaluation['split']} split", f"step {evaluation['step']:,}", *asked])
 
 
 def columns_of(evaluation: dict[str, Any]) -> list[str]:

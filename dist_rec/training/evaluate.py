@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import Config
+from ..config import Config, load_config
 from ..data.batch import Batch
+from ..data.extend import renumbered
 from ..data.index import CATALOGUE
 from ..embeddings.tables import EmbeddingTables
 from ..errors import UserError
+from ..strict import to_dict
 from . import checkpoint
 from .baselines import Baselines
 from .collectives import DistributedReduction
@@ -30,9 +32,10 @@ from .paired import compare, pair
 from .prepare import prepare
 from .prepared import Prepared
 from .process import Process, choose_device, process_group, quieten
-from .resume import check_vectors
+from .resume import changes, check_vectors
 from .row_ranks import keep_ranks, read_ranks
 from .setup import agree_on_index, build_model, build_stream, build_tables
+from .start.origin import read_schema
 
 
 @dataclass
@@ -80,6 +83,7 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
             agree_on_index(prepared, name)
         saved = checkpoint.read_state(found)
         check_vectors(saved, prepared.store)
+        _check_vocabularies(run, prepared)
         tables, sharded, _ = build_tables(prepared, process)
         converted = checkpoint.load_tables(saved, sharded, with_optimizer=False)
         if converted and process.is_main:
@@ -90,6 +94,22 @@ def trained(config: Config, run: Path, split: str) -> Iterator[Trained]:
         model.to(device).eval()
         sharded.eval()
         yield Trained(prepared, process, tables, sharded, model, saved.step, converted)
+
+
+def _check_vocabularies(run: Path, prepared: Prepared) -> None:
+    """Refuse data whose ids name other values than those that the run's tables were trained for.
+
+    Raises:
+        UserError: they do, as digests tell, which older data sets and runs lack.
+    """
+    schema, data = read_schema(run), prepared.config.data.train
+    tables = {spec.vocabulary for spec in prepared.specs if spec.name not in prepared.unread}
+    for table in sorted(tables & schema.features.keys() if schema else ()):
+        if renumbered(prepared.schema.features[table].vocabulary, schema.features[table].vocabulary):
+            raise UserError(
+                f"{run} was trained on other ids of {table}: {data} has been built anew since then, of other rows or "
+                "in another order. Restore the data set that it was trained on, or train again."
+            )
 
 
 def evaluate_run(
@@ -116,6 +136,8 @@ def evaluate_run(
         others = Baselines(prepared, tasks, split, process) if baselines else None
         predict = others.watch(loaded.predict) if others else loaded.predict
         entry: dict[str, Any] = {"split": split, "step": loaded.step}
+        if asked := changes(to_dict(load_config(run / "config.yaml")), to_dict(config)):
+            entry["overrides"] = {change.key: change.now for change in asked}
         if loaded.converted:
             entry["converted"] = loaded.converted
         evaluator = prepared.kind.evaluator(prepared.schema, config)

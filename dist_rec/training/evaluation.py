@@ -56,7 +56,7 @@ def write_evaluation(folder: Path, entry: dict[str, Any], of_training: bool = Fa
     """evaluation.json of the run folder: split, step, rates, overall, domains.
 
     Of a run whose model nothing can be measured of, split is None, overall and domains are empty, and `not_evaluated`
-    says why.
+    says why. `overrides` has what of the run's config it was measured under other values of, by key.
 
     What training ends with always stands there. Evaluated again, the split it holds is replaced and
     the rates of training stay; another split goes to evaluation-<split>.json beside it.

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from sequence_rows import Sequences, whole
 
+SIDES = ("pretraining", "target")
+
 
 class Identities:
     """What tells users and items of a domain's sequences from those of others.
@@ -132,15 +134,27 @@ class Overlap:
                     f"({there['items_shared_by_id']:,} by raw id)" + (": left out" if pair["removed"] else "")
                 )
         for name, total in self.totals().items():
-            pairs = [pair["pretraining"] for pair in self.pairs if pair["target_domain"] == name]
+            pairs = [pair for pair in self.pairs if pair["target_domain"] == name]
+            sides = [_known([pair["pretraining"] for pair in pairs]), _known([pair["target"] for pair in pairs[:1]])]
             lines.append(
                 f"target {name}: {total['users_shared']:,} of {total['users']:,} users and {total['items_shared']:,}"
-                f" of {total['items']:,} items occur in pretraining (raw ids are known of "
-                f"{sum(side['users_with_raw_id'] for side in pairs):,} of its {sum(side['users'] for side in pairs):,} "
-                f"users and {sum(side['items_with_raw_id'] for side in pairs):,} of its "
-                f"{sum(side['items'] for side in pairs):,} items)"
+                f" of {total['items']:,} items are known to occur in pretraining. Raw ids are known of {sides[0]} of "
+                f"pretraining, and of {sides[1]} of the target."
             )
+            for what in ("users", "items"):
+                if any(not sum(pair[side][f"{what}_with_raw_id"] for pair in pairs) for side in SIDES):
+                    told = "by title alone" if what == "items" else "by nothing"
+                    lines.append(f"    one side has no raw ids of {what}, so {what} are told {told}")
         return lines
+
+
+def _known(sides: Sequence[dict]) -> str:
+    """How many users and items have a raw id, in words."""
+    counts = [
+        f"{sum(side[f'{what}_with_raw_id'] for side in sides):,} of {sum(side[what] for side in sides):,} {what}"
+        for what in ("users", "items")
+    ]
+    return " and ".join(counts)
 
 
 def _side(sequences: Sequences, here: Identities, there: Identities, both: set[str]) -> tuple[dict, np.ndarray]:

@@ -21,9 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rows import Catalog
-from sequence_rows import Sequences, core, described, held_out, with_texts
+from sequence_rows import Sequences, core, described, held_out, with_texts, without_target
 
-from dist_rec.data.casts import FILE, Need, cast_sql, quote
+from dist_rec.data.casts import FILE, Need, cast_sql, instant, is_instant, quote
 from dist_rec.data.sources import read_error, relations
 from dist_rec.errors import UserError, nearest
 
@@ -87,7 +87,8 @@ class Own:
         targets.user_id = pa.nulls(len(targets), pa.string())
         left_out = {
             "events of items that the items lack": unknown,
-            "users of one event": int((np.bincount(user) == 1).sum()),
+            f"events of users or items with fewer than {self.least}": len(order) - len(kept),
+            **without_target(user),
         }
         catalog = Catalog(items["item"].combine_chunks(), items["texts"].combine_chunks())
         return with_texts(Sequences(domain, catalog, targets, history_time, left_out=left_out), catalog.texts)
@@ -100,7 +101,7 @@ class Own:
         if pc.max(table["time"]).as_py() > LATEST:
             raise UserError(
                 f"{self.interactions}: {self.columns['time']} has {pc.max(table['time'])} seconds, which looks like "
-                "milliseconds: give seconds or dates."
+                "milliseconds or finer: give seconds or dates."
             )
         return table
 
@@ -183,11 +184,11 @@ def _leaves(array: str) -> str:
 
 
 def _microseconds(column: str, kind: str) -> str:
-    """SQL of a time, of a DuckDB type; what is none is left to the cast to seconds to tell."""
+    """SQL of a time, of a DuckDB type, as a double; what is none is left to the cast to seconds to tell."""
     name = quote(column)
-    if kind.startswith(("TIMESTAMP", "DATE")):
-        return f"epoch_us({name})"
+    if is_instant(kind):
+        return f"CAST(epoch_us({instant(name, kind)}) AS DOUBLE)"
     if kind in ("JSON", "VARCHAR") or kind.startswith("ENUM"):
         text = f"trim({name} ->> '$')" if kind == "JSON" else f"trim({name})"
-        return f"coalesce(CAST(TRY_CAST({text} AS DOUBLE) * 1e6 AS BIGINT), epoch_us(TRY_CAST({text} AS TIMESTAMPTZ)))"
-    return f"CAST(CAST({name} AS DOUBLE) * 1e6 AS BIGINT)"
+        return f"coalesce(TRY_CAST({text} AS DOUBLE) * 1e6, CAST(epoch_us(TRY_CAST({text} AS TIMESTAMPTZ)) AS DOUBLE))"
+    return f"CAST({name} AS DOUBLE) * 1e6"

@@ -123,6 +123,19 @@ def held_out(user: np.ndarray, item: np.ndarray, time: np.ndarray, names: pa.Arr
     return targets, Ragged(time[past.values], past.offsets)
 
 
+def without_target(user: np.ndarray) -> dict[str, int]:
+    """What of `held_out` interactions no row is about, by reason.
+
+    Args:
+        user: int64 `[n]`, 0 and up.
+    """
+    events = np.bincount(user)
+    return {
+        "users of one event": int((events == 1).sum()),
+        "first events of users of two or three, who have no training row": int(((events == 2) | (events == 3)).sum()),
+    }
+
+
 def fold(
     histories: Sequence[tuple[int, ...]], items: Sequence[int], users: Sequence[object], longest: int
 ) -> list[list[int]]:
@@ -192,7 +205,10 @@ def training_only(sequences: Sequences) -> Sequences:
     rows = np.flatnonzero(sequences.targets.split == 0)
     times = sequences.history_time
     return replace(
-        sequences, targets=sequences.targets.take(rows), history_time=None if times is None else times.take(rows)
+        sequences,
+        targets=sequences.targets.take(rows),
+        history_time=None if times is None else times.take(rows),
+        left_out=sequences.left_out | {"valid and test rows": len(sequences.targets) - len(rows)},
     )
 
 
@@ -281,11 +297,12 @@ def framed(sequences: Sequences, max_length: int) -> Sequences:
 
 
 def capped(sequences: Sequences, max_rows: int | None, seed: int) -> Sequences:
-    """Whole users, in hashed order, within `max_rows` rows; the catalogue stays."""
+    """Whole users, in hashed order, within `max_rows` rows; the catalogue stays. What goes is counted."""
     targets = sequences.targets
     owners = mix(stable_hash([sequences.domain])[0], targets.owner)
-    kept = keep_groups(owners, max_rows, seed)
-    return replace(sequences, targets=targets.take(np.flatnonzero(kept)))
+    kept = np.flatnonzero(keep_groups(owners, max_rows, seed))
+    lost = {f"rows of users beyond {max_rows:,} rows": len(targets) - len(kept)} if max_rows is not None else {}
+    return replace(sequences, targets=targets.take(kept), left_out=sequences.left_out | lost)
 
 
 def statistics(sequences: Sequences) -> dict[str, int | dict[str, int]]:
@@ -293,7 +310,8 @@ def statistics(sequences: Sequences) -> dict[str, int | dict[str, int]]:
 
     Returns:
         users; items (of the catalogue); interactions (training events and held-out items); rows by split; positions
-        (supervised in training: what prefix expansion would make rows of); left_out by reason.
+        (supervised in training: what prefix expansion would make rows of); dates, the first and last day (UTC) of
+        targets, none where the source tells no times; left_out by reason.
     """
     targets = sequences.targets
     train = targets.split == 0
@@ -307,8 +325,17 @@ def statistics(sequences: Sequences) -> dict[str, int | dict[str, int]]:
         "interactions": positions + trained + int(rows[1:].sum()),
         "rows": dict(zip(("train", "valid", "test"), rows.tolist(), strict=True)),
         "positions": positions,
+        "dates": _dates(targets.time),
         "left_out": sequences.left_out,
     }
+
+
+def _dates(seconds: pa.Array | None) -> list[str]:
+    if seconds is None or seconds.null_count == len(seconds):
+        return []
+    ends = pc.min_max(seconds)
+    days = [np.datetime64(ends[which].as_py(), "s").astype("datetime64[D]") for which in ("min", "max")]
+    return [str(day) for day in days]
 
 
 def sequence_tables(sequences: Sequences) -> Iterator[pa.Table]:

@@ -34,7 +34,7 @@ from common import raw_folder, read_tsv, reading
 from movielens import RAW_FOLDER, load
 from retail import read_lines
 from rows import Catalog
-from sequence_rows import WHOLE, Sequences, core, described, fold, held_out, with_texts
+from sequence_rows import WHOLE, Sequences, core, described, fold, held_out, with_texts, without_target
 
 from dist_rec.data.rows import Ragged
 
@@ -161,9 +161,8 @@ def from_interactions(
     categories = None if catalog.categories is None else catalog.categories.take(items)
     catalog = Catalog(catalog.ids.take(items), catalog.texts.take(items), categories)
     targets, history_time = held_out(user, item, time, names)
-    single = int((np.bincount(user, minlength=len(names)) == 1).sum())
     targets.user_id = pa.nulls(len(targets), pa.string())
-    return Sequences(domain, catalog, targets, history_time, left_out={"users of one event": single})
+    return Sequences(domain, catalog, targets, history_time, left_out=without_target(user))
 
 
 def online_retail(domain: str, root: Path) -> Sequences:

@@ -109,27 +109,20 @@ def own_sources(options: argparse.Namespace) -> dict[str, Source]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = arguments(__doc__)
-    options.add_argument("--domains", metavar="A,B", type=_names, required=True, help="comma-separated")
+    listed = {"metavar": "A,B", "action": "extend", "type": _names}
+    options.add_argument("--domains", **listed, required=True, help="comma-separated")
     options.add_argument("--max-length", type=positive, default=50, help="longest history (default: 50)")
     options.add_argument("--train-only", action="store_true", help="no valid and test: to pretrain on")
     options.add_argument("--max-rows-per-domain", type=positive, help="keep whole users up to this")
-    options.add_argument("--overlap-with", metavar="A,B", type=_names, default=[], help="targets to compare with")
-    options.add_argument(
-        "--without-overlap",
-        metavar="A,B",
-        type=_names,
-        default=[],
-        help="targets whose users and items are left out (needs --train-only)",
-    )
+    options.add_argument("--overlap-with", **listed, default=[], help="targets to compare with")
+    left_out = "targets whose users and items are left out (needs --train-only)"
+    options.add_argument("--without-overlap", **listed, default=[], help=left_out)
     own = options.add_argument_group("a domain of your own, which --domains names")
     own.add_argument("--interactions", metavar="FILES", help="who had what when: Parquet, CSV, TSV, JSON lines")
     own.add_argument("--items", metavar="FILES", help="an item a row, with its texts")
-    own.add_argument(
-        "--columns", metavar="user=A,item=B,time=C", type=_names, help="theirs, where not user, item, time"
-    )
-    own.add_argument(
-        "--text", metavar="A,B", type=_names, help=f"texts of items (default: {', '.join(TEXTS)}, if there)"
-    )
+    pairs = listed | {"metavar": "user=A,item=B,time=C"}
+    own.add_argument("--columns", **pairs, help="theirs, where not user, item, time")
+    own.add_argument("--text", **listed, help=f"texts of items (default: {', '.join(TEXTS)}, if there)")
     own.add_argument("--core", metavar="N", type=positive, help="least events of users and items (default: 1)")
     return options
 
@@ -142,6 +135,7 @@ def report(out: Path, counts: dict[str, dict], overlap: Overlap) -> None:
         print(
             f"{domain}: {count['users']:,} users, {count['items']:,} items, {count['interactions']:,} interactions; "
             f"rows {rows}; {count['positions']:,} training positions"
+            + (f"; targets from {' to '.join(count['dates'])}" if count["dates"] else "")
         )
         for reason, number in count["left_out"].items():
             if number:
@@ -181,6 +175,11 @@ def main() -> None:
                 raise UserError(f"domain {domain!r} has no sequence of two events or more: take it out of --domains.")
             counts[domain] = statistics(sequences)
             parts.append(write_part(sequence_tables(sequences), folder, domain))
+        if not any(count["rows"]["train"] for count in counts.values()):
+            raise UserError(
+                f"{', '.join(counts)}: no user has a training row, which takes four events: the newest is held out for "
+                "test, the one before for valid, and of two that are left the second is what is learnt."
+            )
         build_parts(schema, parts, Split(kind="column", column="split"), options)
     report(Path(options.out), counts, overlap)
 
