@@ -13,6 +13,7 @@ def extend(root: str, to: Path, inherited: dict[str, list[int]]) -> str:
     shutil.copytree(root, to)
     index = read_index(str(to))
     for name, sizes in inherited.items():
-        index.schema.features[name].vocabulary.inherited = sizes
+        vocabulary = index.schema.features[name].vocabulary
+        vocabulary.inherited, vocabulary.digests = sizes, []
     write_index(str(to), index)
     return str(to)
