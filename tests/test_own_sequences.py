@@ -159,6 +159,13 @@ def test_times_are_of_any_unit_with_a_zone_or_without(files, unit, zone):
     assert targets.time.to_pylist() == [1_700_000_002, 1_700_000_003] and targets.item.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("name", ["logs.csv", "items.jsonl"])
+def test_an_empty_file_is_said_to_be_empty(files, name):
+    (files / name).write_text("")
+    with pytest.raises(UserError, match=f"{name}: the file is empty"):
+        own(files).sequences("kiosk")
+
+
 def test_baskets_are_no_events(files):
     pq.write_table(pa.table({"visitor": ["a"], "sku": [["tea", "cup"]], "seen_at": [1]}), files / "logs.parquet")
     with pytest.raises(UserError, match=r"column 'sku' holds VARCHAR\[\], and one item a row is needed"):

@@ -234,9 +234,16 @@ def files_of(pattern: str) -> list[str]:
 
 
 def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation]:
-    """The files of a glob, in sorted order, grouped by format."""
+    """The files of a glob, in sorted order, grouped by format.
+
+    Raises:
+        UserError: there is none, all are empty, or one cannot be read.
+    """
     runs: list[tuple[str, list[str]]] = []
-    for file in files_of(pattern):
+    files = files_of(pattern)
+    if not any(Path(file).stat().st_size for file in files):
+        raise UserError(f"{pattern}: {'the file is' if len(files) == 1 else f'all {len(files)} files are'} empty.")
+    for file in files:
         reader = _reader(file)
         if runs and runs[-1][0] == reader:
             runs[-1][1].append(file)
