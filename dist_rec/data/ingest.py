@@ -180,13 +180,8 @@ def _grow(source: Source, table: str, target: str, path: Path, names: list[str])
     """An earlier build's dictionary, and after it the values of the features `names` that it does not know."""
     con, vocabulary = source.con, source.schema.features[table].vocabulary
     size = _reuse(source, table, target, path)
-    fault = f"rows up to {size - 1}, and the index of its data set {vocabulary.size} rows"
-    if size == vocabulary.size:
-        fault = "other values, or in another order, than the index of its data set says"
-    if size != vocabulary.size or renumbered(_digested(con, target, vocabulary), vocabulary):
-        raise UserError(
-            f"{path} has {fault}, so it is not the vocabulary that the data set was built with: restore that one."
-        )
+    if size != vocabulary.size:
+        raise _foreign(path, f"rows up to {size - 1}, and the index of its data set {vocabulary.size} rows")
     if names:
         strangers = f"({_uses(source, names)}) u ANTI JOIN {target} USING (value) WHERE n >= {source.first}"
         con.execute(
@@ -195,7 +190,16 @@ def _grow(source: Source, table: str, target: str, path: Path, names: list[str])
         )
     grown = con.execute(f"SELECT count(*) FROM {target} WHERE row >= {size}").fetchone()[0]
     inherited = [*vocabulary.inherited, size] if grown else vocabulary.inherited
-    return _digested(con, target, replace(vocabulary, size=size + grown, inherited=inherited, digests=[]))
+    found = _digested(con, target, replace(vocabulary, size=size + grown, inherited=inherited, digests=[]))
+    if renumbered(found, vocabulary):
+        raise _foreign(path, "other values, or in another order, than the index of its data set says")
+    return found
+
+
+def _foreign(path: Path, fault: str) -> UserError:
+    return UserError(
+        f"{path} has {fault}, so it is not the vocabulary that the data set was built with: restore that one."
+    )
 
 
 def _digested(con: duckdb.DuckDBPyConnection, target: str, vocabulary: Vocabulary) -> Vocabulary:
