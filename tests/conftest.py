@@ -337,11 +337,18 @@ def raw_folder() -> Path:
 
 
 @pytest.fixture
-def doubles():
-    """Seed 0, and float64 where nothing else is said."""
+def seeded():
+    """torch's generator at seed 0."""
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def doubles(seeded):
+    """Seed 0, and float64 where nothing else is said."""
+    import torch
+
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_foundation import SCHEMA, as_batch, make_rows, text_vectors
-from test_mvke import Whole, config
+from foundation_rows import SCHEMA, as_batch, make_rows, text_vectors
+from mvke_modules import Whole, config
 
 from dist_rec.config import TablesConfig
 from dist_rec.data.batch import make_batch

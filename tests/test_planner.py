@@ -12,13 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, kill_family, run_command, start
 from machines import GIB, cpus, gpus
-from torch import nn
+from planned_tables import collections, planned, stock_options, table
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 from torchrec.distributed.planner.perf_models import NoopPerfModel
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from dist_rec.bench.plan import BATCH_ROWS, invented_tables, parse_case
 from dist_rec.embeddings.description import describe_plan, plan_from_description
@@ -26,53 +22,8 @@ from dist_rec.embeddings.planner import Cost, DoesNotFit, Option, Reserved, make
 from dist_rec.embeddings.planner.options import allowed, enumerate_options, topology_of
 from dist_rec.embeddings.planner.search import Full, Search
 from dist_rec.embeddings.sharders import sharders
-from dist_rec.embeddings.sharding import OPTIMIZERS
 from dist_rec.embeddings.tables import TableSpec
 from dist_rec.errors import UserError
-
-PRECISIONS = {"fp32": DataType.FP32, "fp16": DataType.FP16}
-
-
-def table(name: str, rows: int, dim: int = 16, *, sharding: str = "auto", sequence: bool = False, **more) -> TableSpec:
-    return TableSpec(name, rows, dim, (f"f_{name}",), sequence, sharding, **more)
-
-
-def collections(specs: list[TableSpec], optimizer: str = "sgd") -> nn.Module:
-    """The tables unsharded, on the meta device."""
-    meta = torch.device("meta")
-    tables = nn.ModuleDict()
-    for path, kind, one, sequence in (
-        ("bags", EmbeddingBagCollection, EmbeddingBagConfig, False),
-        ("sequences", EmbeddingCollection, EmbeddingConfig, True),
-    ):
-        configs = [
-            one(
-                name=s.name,
-                num_embeddings=s.rows,
-                embedding_dim=s.dim,
-                feature_names=list(s.features),
-                data_type=PRECISIONS[s.precision],
-            )
-            for s in specs
-            if s.sequence == sequence
-        ]
-        if configs:
-            tables[path] = kind(tables=configs, device=meta)
-    apply_optimizer_in_backward(OPTIMIZERS[optimizer], tables.parameters(), {"lr": 0.1})
-    return tables
-
-
-def planned(specs, cluster, optimizer="sgd", lengths=None, **more):
-    lengths = lengths or {}
-    return make_plan(collections(specs, optimizer), specs, cluster, batch_size=512, pooling_factors=lengths, **more)
-
-
-def stock_options(tables, cluster, batch_size, **constraints):
-    """TorchRec's own list of options with its estimates."""
-    topology = topology_of(cluster)
-    wanted = {name: ParameterConstraints(**given) for name, given in constraints.items()}
-    return EmbeddingEnumerator(topology, batch_size, wanted).enumerate(tables, sharders())
-
 
 TYPES = ["table_wise", "column_wise", "row_wise", "table_row_wise", "table_column_wise", "grid_shard", "data_parallel"]
 

@@ -1,4 +1,4 @@
-"""Vectors on disk, indexes of every kind and exact search; whose rows stand for items and users."""
+"""Vectors on disk, every task's index, compact forms; whose rows stand for items and users."""
 
 from __future__ import annotations
 
@@ -6,144 +6,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import build_small
+from index_vectors import COUNT, WIDTH, clustered, pieces, write_parts
 
 from dist_rec.data.index import read_index
 from dist_rec.data.reader import ShardReader
 from dist_rec.errors import UserError
 from dist_rec.models.towers import TwoTowers
-from dist_rec.retrieval import graph
-from dist_rec.retrieval.answer import best_items
 from dist_rec.retrieval.compact import build_compact, read_compact, write_compact
 from dist_rec.retrieval.entities import item_feature, item_keys, last_rows, user_key
 from dist_rec.retrieval.export import Wishes, _check_count, _tasks
-from dist_rec.retrieval.graph import ask, graph_of
-from dist_rec.retrieval.index import build_index, exact_top, measure, parse_index, read_index_file, write_index
+from dist_rec.retrieval.index import build_index, exact_top, measure, parse_index
 from dist_rec.retrieval.judge import Seen, judge, read_seen
 from dist_rec.retrieval.manifest import INDEX, ITEMS, USERS, Told
 from dist_rec.retrieval.names import RawIds, key_of, user_feature
-from dist_rec.retrieval.parts import Parts, PartWriter, as_lists, vector_column
+from dist_rec.retrieval.parts import Parts, PartWriter, as_lists
 from dist_rec.retrieval.rows import RowSource, of_run, only, pairs
 from dist_rec.training.exchange import Exchange
-
-COUNT, WIDTH = 3000, 24
-
-
-def clustered(count: int = COUNT, seed: int = 0) -> np.ndarray:
-    """Vectors around fifty centres, of different lengths."""
-    draw = np.random.default_rng(seed)
-    centres = np.random.default_rng(7).standard_normal((50, WIDTH))
-    found = centres[draw.integers(0, 50, count)] + 0.4 * draw.standard_normal((count, WIDTH))
-    return found.astype(np.float32)
-
-
-def pieces(vectors: np.ndarray, size: int = 700):
-    return lambda: (vectors[at : at + size] for at in range(0, len(vectors), size))
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "pq"])
-def test_every_kind_of_index_finds_what_exact_search_finds(kind):
-    vectors, queries = clustered(), clustered(200, seed=1)
-    config = parse_index(kind, {})
-    index = build_index(config, WIDTH, COUNT, pieces(vectors))
-    chosen, found = measure(index, config, queries, 50, pieces(vectors), repeats=5)
-    assert index.ntotal == COUNT and found["recall_at_50"] >= (1.0 if kind == "flat" else 0.95), found
-    assert set(chosen) == {"ivf": {"probes"}, "hnsw": {"search_width"}}.get(kind, set())
-    assert found["query_ms"] > 0 and found["queries_per_s"] > 0 and found["queries"] == 200
-
-
-def test_recall_is_what_a_careless_index_misses():
-    vectors, queries = clustered(), clustered(200, seed=1)
-    config = parse_index("ivf", {"lists": "60", "probes": "1"})
-    chosen, found = measure(
-        build_index(config, WIDTH, COUNT, pieces(vectors)), config, queries, 50, pieces(vectors), repeats=1
-    )
-    assert chosen == {"probes": 1}
-    right = np.sort(queries @ vectors.T, axis=1)[:, -50]
-    index = build_index(config, WIDTH, COUNT, pieces(vectors))
-    answered = index.search(queries, 50)[0]
-    assert found["recall_at_50"] == pytest.approx((answered >= right[:, None] - 1e-4).mean(), abs=1e-3)
-    assert found["recall_at_50"] < 0.9
-
-
-def test_every_vector_of_a_graph_can_be_reached(tmp_path, monkeypatch):
-    """Those of unequal lengths and few directions, as trained ones are; by inner product a quarter of these cannot."""
-    draw = np.random.default_rng(0)
-    directions = draw.standard_normal((6, WIDTH))
-    vectors, queries = (draw.standard_normal((n, 6)) @ directions for n in (COUNT, 200))
-    lengths = draw.lognormal(0, 0.6, COUNT) / np.linalg.norm(vectors, axis=1)
-    vectors, queries = (vectors * lengths[:, None]).astype(np.float32), queries.astype(np.float32)
-    config = parse_index("hnsw", {})
-    index = build_index(config, WIDTH, COUNT, pieces(vectors))
-    _, found = measure(index, config, queries, 50, pieces(vectors), repeats=1)
-    assert found["recall_at_50"] >= 0.95
-    write_index(index, tmp_path / "graph.faiss")
-    index = read_index_file(tmp_path / "graph.faiss")
-    assert (index.ntotal, index.d) == (COUNT, WIDTH)
-    graph_of(index).hnsw.efSearch = COUNT
-    monkeypatch.setattr(graph, "NUMBERS", 7 * COUNT * WIDTH)
-    products, positions = ask(index, queries, COUNT)
-    assert len(np.unique(positions)) == COUNT
-    exact = np.take_along_axis(queries @ vectors.T, positions, axis=1)
-    np.testing.assert_allclose(products, exact, rtol=1e-4, atol=1e-5)
-
-
-def test_codes_are_rescored_a_few_queries_at_a_time(tmp_path, monkeypatch):
-    vectors, queries = clustered(500), clustered(30, seed=1)
-    parts = write_parts(tmp_path, {"a": vectors}, ranks=2, key=False)
-    config = parse_index("pq", {"codes": "4", "bits": "4"})
-    index = build_index(config, WIDTH, 500, pieces(vectors))
-    together = best_items(index, config, parts, "a", queries, 10)
-    monkeypatch.setattr(graph, "NUMBERS", 4 * 40 * WIDTH)
-    for one, other in zip(best_items(index, config, parts, "a", queries, 10), together, strict=True):
-        np.testing.assert_array_equal(one, other)
-    np.testing.assert_allclose(together[1], np.take_along_axis(queries @ vectors.T, together[0], 1), rtol=1e-4)
-
-
-def test_exact_search_is_brute_force_in_pieces():
-    vectors, queries = clustered(500), clustered(9, seed=1)
-    scores = queries @ vectors.T
-    wanted = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-    answers = np.array([[0, 499, -1]] * 9)
-    best, where, of_answers = exact_top(queries, 20, pieces(vectors, 7)(), answers)
-    np.testing.assert_array_equal(where, wanted)
-    np.testing.assert_allclose(best, np.take_along_axis(scores, wanted, 1), rtol=1e-5)
-    np.testing.assert_allclose(of_answers[:, :2], scores[:, [0, 499]], rtol=1e-4, atol=1e-5)
-    assert np.isneginf(of_answers[:, 2]).all()
-
-
-@pytest.mark.parametrize(
-    ("kind", "keys", "fault"),
-    [
-        ("flatt", {}, "kind: Input should be 'flat', 'ivf', 'hnsw' or 'pq'"),
-        ("ivf", {"lits": "4"}, "lits: unknown key. Did you mean 'lists'"),
-        ("ivf", {"lists": "4000"}, "--index.lists is 4000, and there are 3000 vectors"),
-        ("pq", {"codes": "7"}, "--index.codes is 7, which does not divide the vectors' width 24"),
-        ("pq", {"bits": "12"}, "its 4096 codes are learned from more than 3000 vectors"),
-    ],
-)
-def test_an_index_that_cannot_be_is_refused(kind, keys, fault):
-    with pytest.raises(UserError, match=fault):
-        build_index(parse_index(kind, keys), WIDTH, COUNT, pieces(clustered()))
-
-
-def test_one_vector_is_too_few_to_learn_codes_from():
-    with pytest.raises(UserError, match="learns its codes from the vectors, and there is 1: take flat"):
-        build_index(parse_index("pq", {}), WIDTH, 1, pieces(clustered()[:1]))
-
-
-def write_parts(folder, vectors: dict[str, np.ndarray], ranks: int, key: bool) -> Parts:
-    """Items or users of several ranks, in order."""
-    count = len(next(iter(vectors.values())))
-    for rank in range(ranks):
-        mine = np.arange(count * rank // ranks, count * (rank + 1) // ranks)
-        writer = PartWriter(folder, rank)
-        for some in np.array_split(mine, 3):
-            columns = {"id": pa.array([f"n{i}" for i in some]), "domain": pa.array(["d"] * len(some))}
-            columns |= {"key": pa.array(some)} if key else {"title": pa.array([f"title {i}" for i in some])}
-            columns |= {vector_column(t): as_lists(v[some]) for t, v in vectors.items()}
-            writer.write(pa.RecordBatch.from_pydict(columns))
-        writer.close()
-    return Parts(folder)
 
 
 def test_positions_go_through_all_parts(tmp_path):

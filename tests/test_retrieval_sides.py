@@ -11,10 +11,7 @@ from dist_rec.models import foundation, unisrec
 from dist_rec.schema import Schema
 from dist_rec.strict import from_dict
 
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("item", ["text", "id", "text+id"])

@@ -1,4 +1,4 @@
-"""`shards build`: what goes in comes out, point in time, and the same bytes every time."""
+"""`shards build`: what goes in comes out, and the same bytes every time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import logging
-import random
 import tarfile
 
 import numpy as np
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
-from toy_shards import SMALL, TOKENIZER, digests, read, schema, small_rows, values, write
+from toy_shards import HISTORY, SMALL, TOKENIZER, digests, history_rows, read, schema, small_rows, values, write
 
 from dist_rec.data import encode
 from dist_rec.data.blocks import text_key
@@ -23,8 +22,6 @@ from dist_rec.data.index import read_index
 from dist_rec.data.inspect import inspect, print_inspection
 from dist_rec.data.verify import verify
 from dist_rec.errors import UserError
-from dist_rec.schema import Schema
-from dist_rec.strict import from_dict
 
 FULL = schema(
     {
@@ -148,99 +145,6 @@ def test_joins_look_up_side_tables(tmp_path):
     twice = write(tmp_path / "twice.jsonl", [{"item": "a", "title": "A"}, {"item": "a", "title": "B"}])
     with pytest.raises(UserError, match="item 'a' stands in 2 rows"):
         build(s, [main], str(tmp_path / "no"), joins=[Join(twice, "item")], workers=1)
-
-
-HISTORY = schema(
-    {
-        "item": {"role": "item", "kind": "id", "aspect": "id"},
-        "genre": {"role": "item", "kind": "id"},
-        "title": {"role": "item", "kind": "text"},
-        "past": {
-            "role": "history",
-            "kind": "ids",
-            "shares": "item",
-            "events": {"of": "item", "label": "grade"},
-            "max_length": 4,
-        },
-        "past_genres": {
-            "role": "history",
-            "kind": "ids",
-            "shares": "genre",
-            "events": {"of": "genre", "label": "grade"},
-            "max_length": 4,
-        },
-        "past_titles": {"role": "history", "kind": "texts", "events": {"of": "title"}, "max_length": 3},
-    },
-    {"grade": {"kind": "graded", "maximum": 4}},
-    {"user": "user", "time": "time"},
-)
-
-
-def history_rows(n: int) -> list[dict]:
-    draw = random.Random(1)
-    return [
-        {
-            "id": i,
-            "user": draw.choice(["u", "v", "w", None]),
-            "time": draw.choice([None, *range(12)]),
-            "item": f"i{draw.randrange(9)}",
-            "genre": draw.choice(["g1", "g2", None]),
-            "title": draw.choice(["t1", "t2", "t3", None]),
-            "grade": draw.choice([None, 0, 1, 2, 3, 4]),
-            "split": draw.choice(["train", "train", "valid", "test"]),
-        }
-        for i in range(n)
-    ]
-
-
-@pytest.mark.parametrize("split", [None, "time:2,1,1", "column:split", "random:2,1,1"])
-def test_histories_are_point_in_time(tmp_path, split, monkeypatch):
-    """Against a plain double loop: ties see nothing of each other, and train events only, unless split by time."""
-    monkeypatch.setattr("dist_rec.data.histories.BATCH_ROWS", 7)
-    rows = history_rows(200)
-    if split == "time:2,1,1":
-        rows = [r for r in rows if r["time"] is not None]
-    source = write(tmp_path / "rows.parquet", rows)
-    s = from_dict(Schema, _tree_with_id(), "test")
-    build(
-        s,
-        [source],
-        str(tmp_path / "out"),
-        split=parse_split(split) if split else None,
-        workers=1,
-        block_rows=32,
-        shard_rows=64,
-    )
-    found = {}
-    for name in ("train", "valid", "test") if split else (".",):
-        found |= {row["id"]: row | {"split": name} for row in read(tmp_path / "out" / name)}
-    items, genres = values(tmp_path / "out", "item"), values(tmp_path / "out", "genre")
-    assert sorted(found) == [r["id"] for r in rows]
-    leaky = 0
-    for row in rows:
-        if row["user"] is None or row["time"] is None:
-            assert found[row["id"]]["past"] is None
-            continue
-        before = [r for r in rows if r["user"] == row["user"] and r["time"] is not None and r["time"] < row["time"]]
-        before.sort(key=lambda r: (r["time"], r["id"]))
-        if split and not split.startswith("time"):
-            leaky += len(before)
-            before = [r for r in before if found[r["id"]]["split"] == "train"]
-            leaky -= len(before)
-        liked = [r for r in before if r["grade"] is not None and r["grade"] >= 2][-4:]
-        got = found[row["id"]]
-        assert [items[i] for i in got["past"]] == [r["item"] for r in liked]
-        assert [genres[i] for i in got["past_genres"]] == [r["genre"] for r in liked]
-        assert got["past_titles"] == [r["title"] for r in before if r["title"] is not None][-3:]
-    assert (leaky > 0) == (split in ("column:split", "random:2,1,1"))
-
-
-def _tree_with_id() -> dict:
-    from dist_rec.strict import to_dict
-
-    tree = to_dict(HISTORY)
-    tree["features"]["id"] = {"role": "user", "kind": "id", "vocabulary": {"kind": "integer", "size": 1000}}
-    return tree
 
 
 def test_same_bytes_whatever_the_workers(tmp_path):

@@ -2,167 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
+from naive_unisrec import CONTRAST, EVERY_ITEM, ITEMS, LOSSES, Naive, compared, loss_keys, same_draws
 from ranks import gradients, run_ranks
-from sequence_batches import (
-    NUM_ITEMS,
-    NUM_TEXTS,
-    SCHEMA,
-    TEXT_OF,
-    TEXT_WIDTH,
-    WIDTH,
-    Row,
-    Whole,
-    as_batch,
-    draws_of_rows,
-    make_rows,
-    text_vectors,
-)
-from torch import Tensor, nn
-from torch.nn import functional as F
+from sequence_batches import NUM_ITEMS, NUM_TEXTS, Row, Whole, as_batch, draws_of_rows, make_rows
 
-from dist_rec.config.unisrec import UniSRecConfig
-from dist_rec.errors import UserError
-from dist_rec.layers.augment import Draws
-from dist_rec.layers.reduction import Reduction
-from dist_rec.layers.whitening import WhiteningMixture
-from dist_rec.models.unisrec import UniSRec, towers_of
-from dist_rec.strict import from_dict
-
-EVERY_ITEM = list(range(NUM_ITEMS))
-ITEMS = ["text", "id", "text+id"]
-LOSSES = ["in_batch", "full", "sampled", "full, repeats", "sampled, repeats"]
-CONTRAST = {"weight": 0.7, "item_drop": 0.3, "word_drop": 0.4, "item_drop_share": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
-class Naive:
-    """The usual way, from a model's parameters: one padded sequence for each prefix, the adaptor at each occurrence."""
-
-    def __init__(self, whole: Whole) -> None:
-        self.whole, self.model, self.config = whole, whole.model, whole.model.config
-
-    def item(self, item: int, dropped: bool = False) -> Tensor:
-        found = torch.zeros(WIDTH, dtype=torch.float64)
-        if self.config.with_text and TEXT_OF[item] < NUM_TEXTS:
-            adaptor, words = self.model.adaptor, slice(TEXT_WIDTH, None) if dropped else slice(0, TEXT_WIDTH)
-            x = torch.from_numpy(text_vectors()[TEXT_OF[item], words]).double()
-            gate = torch.softmax(x @ adaptor.gate, 0)
-            for k in range(len(gate)):
-                found = found + gate[k] * ((x - adaptor.bias[k]) @ adaptor.weight[k])
-        if self.config.with_ids:
-            found = found + self.whole.table.weight[item]
-        return found
-
-    def state(self, vectors: list[Tensor]) -> Tensor:
-        return F.normalize(self.last(vectors), dim=0)
-
-    def last(self, vectors: list[Tensor]) -> Tensor:
-        """The last state of a sequence of item vectors, padded on the right to the longest."""
-        encoder, n = self.model.encoder, len(vectors)
-        longest = len(encoder.positions)
-        x = torch.stack(vectors + [torch.zeros(WIDTH, dtype=torch.float64)] * (longest - n)) + encoder.positions
-        x = F.layer_norm(x, (WIDTH,), encoder.input_norm.weight, encoder.input_norm.bias, 1e-12)
-        hidden = torch.ones(longest, longest, dtype=torch.bool).triu(1) | (torch.arange(longest) >= n)
-        for block in encoder.blocks:
-            heads, mixed = block.heads, []
-            for h, (q, k, v) in enumerate(
-                zip(*(part.chunk(heads, 1) for part in block.qkv(x).chunk(3, 1)), strict=True)
-            ):
-                scores = (q @ k.t()) / math.sqrt(WIDTH / heads)
-                mixed.append(torch.softmax(scores.masked_fill(hidden, -torch.inf), 1) @ v)
-                assert h < heads
-            x = block.attention_norm(x + block.out(torch.cat(mixed, 1)))
-            x = block.feedforward_norm(x + block.contract(F.gelu(block.expand(x))))
-        return x[n - 1]
-
-    def logits(self, before: list[int], items: list[int]) -> Tensor:
-        """Of items after what came before."""
-        last = self.last([self.item(i) for i in before])
-        raised = self.model.repeats(last)[0] if self.config.repeats else torch.zeros(()).double()
-        state = F.normalize(last, dim=0)
-        return torch.stack(
-            [state @ self.direction(i) / self.config.temperature + raised * (i in before) for i in items]
-        )
-
-    def prefixes(self, rows: list[Row]) -> list[tuple[int, list[int], int]]:
-        """Number of the row, what comes before, and the target, of every position."""
-        longest = len(self.model.encoder.positions)
-        found = []
-        for row in rows:
-            items = row.items[-longest - 1 :]
-            found += [(row.number, items[:j], items[j]) for j in range(1, len(items))]
-        return found
-
-    def direction(self, item: int) -> Tensor:
-        vector = self.item(item)
-        return vector if not vector.any() else F.normalize(vector, dim=0)
-
-    def sequence_item(self, rows: list[Row], candidates: list[int] | None, weight: list[float] | None) -> Tensor:
-        prefixes, losses = self.prefixes(rows), []
-        for _, before, target in prefixes:
-            of = [t for _, _, t in prefixes] if candidates is None else candidates
-            right, *scores = torch.exp(self.logits(before, [target, *of]))
-            others = right
-            for i, item in enumerate(of):
-                if item != target:
-                    others = others + (1.0 if weight is None else weight[i]) * scores[i]
-            losses.append(-torch.log(right / others))
-        return torch.stack(losses).mean()
-
-    def sequence_sequence(self, rows: list[Row], draws: dict[int, tuple[float, list[float]]]) -> Tensor:
-        """One copy of every sequence, cut at each prefix."""
-        prefixes, contrast, copies = self.prefixes(rows), self.config.contrast, []
-        for number, before, _ in prefixes:
-            kind, drops = draws[number]
-            if kind < contrast.item_drop_share:
-                kept = [self.item(i) for j, i in enumerate(before) if j == 0 or drops[j] >= contrast.item_drop]
-            else:
-                kept = [self.item(i, dropped=drops[j] < contrast.word_drop) for j, i in enumerate(before)]
-            copies.append(self.state(kept))
-        losses = []
-        for p, (number, before, target) in enumerate(prefixes):
-            state = self.state([self.item(i) for i in before])
-            right = torch.exp(state @ copies[p] / self.config.temperature)
-            others = right
-            for c, (other, _, of_other) in enumerate(prefixes):
-                if other != number and of_other != target:
-                    others = others + torch.exp(state @ copies[c] / self.config.temperature)
-            losses.append(-torch.log(right / others))
-        return torch.stack(losses).mean()
-
-
-def same_draws(rows: list[Row], longest: int = 5) -> dict[int, tuple[float, list[float]]]:
-    """What `draws_of_rows` draws."""
-    found = {}
-    for row in rows:
-        generator = np.random.default_rng(row.number)
-        kind = float(generator.random(1)[0])
-        found[row.number] = kind, generator.random(min(len(row.items) - 1, longest)).tolist()
-    return found
-
-
-def compared(loss: str, share: slice = slice(None)) -> dict:
-    """What a rank compares with: of the catalogue, or of five items with weights, some part."""
-    if loss == "in_batch":
-        return {}
-    if loss.startswith("full"):
-        return {"candidates": EVERY_ITEM[share]}
-    return {"candidates": [3, 8, 21, 6, 0][share], "weight": [2.5, 1.0, 4.0, 0.5, 3.0][share]}
-
-
-def of(loss: str) -> dict:
-    """Keys of the config."""
-    return {"loss": loss.partition(",")[0], "repeats": "repeats" in loss}
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -170,7 +18,7 @@ def of(loss: str) -> dict:
 def test_one_pass_equals_prefix_by_prefix(item, loss):
     """Also of sequences longer than the encoder's reach, of single items and of items without text."""
     rows = make_rows(10, longest=8)
-    whole = Whole(item=item, **of(loss), contrast=CONTRAST)
+    whole = Whole(item=item, **loss_keys(loss), contrast=CONTRAST)
     whole.model._draws = draws_of_rows
     output = whole(as_batch(rows, 12, **compared(loss)))
     output["loss"].backward()
@@ -203,7 +51,7 @@ def test_ranks_together_equal_one_process_on_the_global_batch(item, loss, offici
     """Three ranks: many rows, few, none; unequal parts of the candidates, one without any."""
     rows = make_rows(14)
     contrast = CONTRAST | ({"item_drop_share": 1.0} if official else {})
-    whole = Whole(item=item, **of(loss), contrast=contrast, official=official)
+    whole = Whole(item=item, **loss_keys(loss), contrast=contrast, official=official)
     whole.model._draws = draws_of_rows
     one = whole(as_batch(rows, 14, **compared(loss)))
     one["loss"].backward()
@@ -300,7 +148,7 @@ def test_a_row_without_history_ranks_all_items_alike_and_one_without_item_ranks_
 @pytest.mark.parametrize("item", ITEMS)
 @pytest.mark.parametrize("what", ["single items", "no rows", "no texts"])
 def test_every_parameter_has_a_gradient_whatever_is_absent(what, item, loss):
-    whole = Whole(item=item, **of(loss), contrast=CONTRAST, adaptor={"noise": True, "dropout": 0.2})
+    whole = Whole(item=item, **loss_keys(loss), contrast=CONTRAST, adaptor={"noise": True, "dropout": 0.2})
     rows = {"single items": [Row(i, 0, [i]) for i in range(4)], "no rows": [], "no texts": [Row(7, 0, [6, 13, 20])]}
     batch = as_batch(rows[what], 4, **compared(loss))
     if what == "no texts":
@@ -392,80 +240,6 @@ def test_an_item_without_text_is_zeros_before_positions():
     torch.testing.assert_close(one, torch.stack(losses).mean().detach())
 
 
-def test_noise_and_dropout_are_of_training_only():
-    batch = as_batch(make_rows(), 12)
-    quiet = {"encoder": {"dropout": 0.0, "attention_dropout": 0.0}}
-    for changes in (
-        {"adaptor": {"noise": True}},
-        {"adaptor": {"dropout": 0.3}},
-        {"encoder": {"dropout": 0.4}},
-        {"encoder": {"attention_dropout": 0.4}},
-    ):
-        whole = Whole(**{**quiet, **changes})
-        assert float(whole(batch)["loss"]) != float(whole(batch)["loss"])
-        torch.manual_seed(3)
-        first = float(whole(batch)["loss"])
-        torch.manual_seed(3)
-        assert float(whole(batch)["loss"]) == first
-        whole.eval()
-        assert float(whole(batch)["loss"]) == float(whole(batch)["loss"])
-
-
-def test_a_scaled_adaptor_reads_longer_vectors():
-    plain = WhiteningMixture(TEXT_WIDTH, 6, 3, 0.2, True)
-    scaled = WhiteningMixture(TEXT_WIDTH, 6, 3, 0.2, True, scale=15.0)
-    for parameter in plain.parameters():
-        nn.init.normal_(parameter)
-    scaled.load_state_dict(plain.state_dict())
-    x = torch.randn(7, TEXT_WIDTH)
-    for mode in (True, False):
-        found = []
-        for adaptor, given in ((plain.train(mode), 15 * x), (scaled.train(mode), x)):
-            torch.manual_seed(0)
-            found.append(adaptor(given))
-        torch.testing.assert_close(*found)
-
-
-def test_the_gates_noise_has_the_deviation_it_should():
-    adaptor = Whole(adaptor={"noise": True}).model.adaptor
-    x = torch.randn(1, TEXT_WIDTH).double().expand(20_000, -1)
-    noise = adaptor.gates(x).log() - adaptor.eval().gates(x).log()
-    deviation = F.softplus(x[0] @ adaptor.gate_noise) + 0.01
-    # Softmax leaves differences: their variances are sums.
-    for k in range(3):
-        i, j = k, (k + 1) % 3
-        found = (noise[:, i] - noise[:, j]).std()
-        assert float(found / torch.hypot(deviation[i], deviation[j])) == pytest.approx(1, abs=0.03)
-
-
-def test_parameters_start_as_the_paper_says():
-    torch.manual_seed(1)
-    config = Whole(width=64, adaptor={"noise": True, "experts": 8}, encoder={"max_length": 50, "feedforward": 64})
-    model = UniSRec(SCHEMA, config.model.config, {}, 384, None, list(SCHEMA.features), Reduction())
-    stds = {n: float(p.std()) for n, p in model.named_parameters() if p.ndim > 1}
-    for name, std in stds.items():
-        expected = 0.0 if name in ("adaptor.gate", "adaptor.gate_noise", "adaptor.bias") else 0.02
-        assert std == pytest.approx(expected, rel=0.1), name
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            assert bool((parameter == ("norm.weight" in name)).all()), name
-    assert model.encoder.input_norm.eps == 1e-12
-
-
-def test_half_precision_parameters_give_full_precision_losses():
-    whole = Whole(item="text+id", contrast=CONTRAST)
-    whole.model.bfloat16()
-    output = whole(as_batch(make_rows(), 12))
-    output["loss"].backward()
-    assert output["loss"].dtype == torch.float32
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in whole.parameters())
-    full = Whole(item="text+id", contrast=CONTRAST)
-    full.load_state_dict(whole.state_dict())
-    full.model._draws = whole.model._draws = draws_of_rows
-    expected = full(as_batch(make_rows(), 12))["losses"]["loss"]
-    torch.testing.assert_close(whole(as_batch(make_rows(), 12))["losses"]["loss"], expected.float(), rtol=0.03, atol=0)
-
-
 def test_a_model_that_trains_learns_the_next_item():
     """Item i is followed by i + 1: after some steps it ranks first."""
     rows = [Row(i, 0, [(i + j) % 20 for j in range(5)]) for i in range(20)]
@@ -477,88 +251,3 @@ def test_a_model_that_trains_learns_the_next_item():
         optimizer.step()
     ranks = whole.eval()(as_batch(rows, 20, EVERY_ITEM))["rank"]
     assert float(ranks.mean()) < 1.5
-
-
-def test_dropped_words_need_a_second_store():
-    """Without one every copy loses items."""
-    whole = Whole(contrast=CONTRAST | {"item_drop_share": 0.0, "item_drop": 0.5})
-    whole.model._draws = draws_of_rows
-    rows = make_rows()
-    two = whole(as_batch(rows, 12))["losses"]["sequence_sequence"]
-    one = whole(as_batch(rows, 12, vectors=text_vectors()[:, :TEXT_WIDTH]))["losses"]["sequence_sequence"]
-    whole.model.config.contrast.item_drop_share = 1.0
-    items = Naive(whole).sequence_sequence(rows, same_draws(rows))
-    torch.testing.assert_close(one, items.detach())
-    assert abs(float(one - two)) > 1e-6
-
-
-def test_a_schema_without_sequences_and_a_table_of_another_width_are_refused():
-    config = Whole(item="text+id").model.config
-    features = list(SCHEMA.features)
-    with pytest.raises(UserError, match="tables.overrides.item.dim: 8"):
-        UniSRec(SCHEMA, config, {"item": 12}, TEXT_WIDTH, None, features, Reduction())
-    with pytest.raises(UserError, match="needs texts"):
-        UniSRec(SCHEMA, config, {"item": WIDTH}, 0, None, features, Reduction())
-    with pytest.raises(UserError, match="temperature 0.01"):
-        Whole(temperature=0.01)
-    from test_foundation import SCHEMA as FOUNDATION
-
-    with pytest.raises(UserError, match=r"one history feature of kind ids.* has 3 \(clicked, clicked_category, bought"):
-        UniSRec(FOUNDATION, config, {"item": WIDTH}, TEXT_WIDTH, None, list(FOUNDATION.features), Reduction())
-    chosen = ["clicked", "clicked_title", "item", "title"]
-    UniSRec(FOUNDATION, config, {"item": WIDTH}, TEXT_WIDTH, None, chosen, Reduction())
-
-
-def test_officially_a_catalogue_has_no_other_occurrence_of_a_target():
-    losses = []
-    for official in (False, True):
-        torch.manual_seed(0)
-        losses.append(Whole(loss="full", official=official)(as_batch(make_rows(), 12, EVERY_ITEM))["loss"])
-    torch.testing.assert_close(*losses)
-
-
-def test_a_loss_over_the_catalogue_needs_one():
-    with pytest.raises(ValueError, match="without 'candidates'"):
-        Whole(loss="full")(as_batch(make_rows(), 12))
-
-
-@pytest.mark.parametrize("item", ["text", "text+id"])
-def test_a_co_trained_encoder_reads_each_text_once(item):
-    whole = Whole(item=item, contrast=CONTRAST)
-    batch = as_batch(make_rows(), 12)
-    expected = whole(as_batch(make_rows(), 12, vectors=text_vectors()[:, :TEXT_WIDTH]))
-
-    class Encoder(torch.nn.Module):
-        def forward(self, tokens, mask):
-            return torch.from_numpy(text_vectors()[:, :TEXT_WIDTH]).double()
-
-    whole.model.text_encoder = Encoder()
-    batch.text_tokens, batch.text_vectors = torch.zeros(NUM_TEXTS, 1), batch.text_vectors[:, :0]
-    torch.testing.assert_close(whole(batch)["losses"]["sequence_item"], expected["losses"]["sequence_item"])
-
-
-def test_repeats_start_as_nothing_and_make_an_index_of_inner_products_inexact():
-    changes = {"width": WIDTH, "loss": "full"}
-    plain, raised = (from_dict(UniSRecConfig, changes | {"repeats": r}, "test") for r in (False, True))
-    model = UniSRec(SCHEMA, raised, {}, TEXT_WIDTH, None, list(SCHEMA.features), Reduction())
-    assert not model.repeats.weight.any() and not model.repeats.bias.any()
-    assert towers_of(SCHEMA, plain, list(SCHEMA.features)).exact == {"next": True}
-    towers = towers_of(SCHEMA, raised, list(SCHEMA.features))
-    assert towers.exact == {"next": False} and "repeats" in towers.why["next"]
-
-
-def test_draws_follow_torchs_generator():
-    whole, batch = Whole(contrast=CONTRAST), as_batch(make_rows(), 12)
-    torch.manual_seed(4)
-    first = whole(batch)["losses"]
-    second = whole(batch)["losses"]
-    torch.manual_seed(4)
-    torch.testing.assert_close(whole(batch)["losses"], first, rtol=0, atol=0)
-    assert float(first["sequence_sequence"]) != float(second["sequence_sequence"])
-    assert isinstance(whole.model._draws(batch, _sequences(batch)), Draws)
-
-
-def _sequences(batch):
-    from dist_rec.layers.causal import Sequences
-
-    return Sequences(torch.tensor([1]), torch.tensor([0]), torch.tensor([0]))

@@ -100,3 +100,46 @@ def digests(root: Path) -> dict[str, str]:
         for f in sorted(root.rglob("*"))
         if f.is_file()
     }
+
+
+HISTORY = schema(
+    {
+        "item": {"role": "item", "kind": "id", "aspect": "id"},
+        "genre": {"role": "item", "kind": "id"},
+        "title": {"role": "item", "kind": "text"},
+        "past": {
+            "role": "history",
+            "kind": "ids",
+            "shares": "item",
+            "events": {"of": "item", "label": "grade"},
+            "max_length": 4,
+        },
+        "past_genres": {
+            "role": "history",
+            "kind": "ids",
+            "shares": "genre",
+            "events": {"of": "genre", "label": "grade"},
+            "max_length": 4,
+        },
+        "past_titles": {"role": "history", "kind": "texts", "events": {"of": "title"}, "max_length": 3},
+    },
+    {"grade": {"kind": "graded", "maximum": 4}},
+    {"user": "user", "time": "time"},
+)
+
+
+def history_rows(n: int) -> list[dict]:
+    draw = random.Random(1)
+    return [
+        {
+            "id": i,
+            "user": draw.choice(["u", "v", "w", None]),
+            "time": draw.choice([None, *range(12)]),
+            "item": f"i{draw.randrange(9)}",
+            "genre": draw.choice(["g1", "g2", None]),
+            "title": draw.choice(["t1", "t2", "t3", None]),
+            "grade": draw.choice([None, 0, 1, 2, 3, 4]),
+            "split": draw.choice(["train", "train", "valid", "test"]),
+        }
+        for i in range(n)
+    ]
