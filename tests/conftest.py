@@ -345,6 +345,17 @@ def seeded():
 
 
 @pytest.fixture
+def one_thread():
+    """torch computes on one thread, whatever OMP_NUM_THREADS says."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def doubles(seeded):
     """Seed 0, and float64 where nothing else is said."""
     import torch

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import run_ranks
 from titles import TITLES, write_data_set
 
@@ -20,6 +19,8 @@ from dist_rec.text.embed import embed
 from dist_rec.text.encoder import TextEncoder
 from dist_rec.text.parts import PartWriter
 from dist_rec.text.store import VectorStore
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = [f"{title} part {i}" for i in range(30) for title in TITLES]
 # Texts a batch: small batches, so that there are many to be killed between.
@@ -53,14 +54,6 @@ with open(f"{out}.rank{os.environ['RANK']}", "w") as file:
 
 class Killed(BaseException):
     """Stands for a signal: no handler of errors catches it."""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

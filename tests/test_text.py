@@ -30,13 +30,7 @@ from dist_rec.text.pooling import masked_mean
 from dist_rec.text.store import VectorStore, read_store_info
 from dist_rec.training.prepare import prepare
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def reference(model: str, rows: list[list[int]]) -> np.ndarray:
