@@ -87,6 +87,15 @@ def test_sequences_are_by_time_then_by_the_file_over_the_whole_catalogue(files):
     assert counts["dates"] == ["2024-01-02", "2024-02-02"]
 
 
+def test_items_may_call_an_item_otherwise(files):
+    expected = own(files).sequences("kiosk")
+    path = files / "items.jsonl"
+    path.write_text(path.read_text().replace('"sku"', '"id"'))
+    found = own(files, columns=COLUMNS | {"catalogue_item": "id"}).sequences("kiosk")
+    assert found.catalog.ids.equals(expected.catalog.ids) and found.catalog.texts.equals(expected.catalog.texts)
+    assert found.targets.item.tolist() == expected.targets.item.tolist()
+
+
 def test_few_events_can_be_asked_to_go(files):
     with pytest.raises(UserError, match="nothing is left of 7 events of known items; users and items need 3 each"):
         own(files, least=3).sequences("kiosk")
@@ -115,6 +124,12 @@ def test_few_events_can_be_asked_to_go(files):
             EVENTS,
             re.sub(",(tea|cup|jug)", r",0\1", EVENTS),
             ".*none of 8 events is of an item of .*'0tea', and.* is 'tea'",
+        ),
+        (
+            "items.jsonl",
+            '"sku"',
+            '"id"',
+            ".*items.jsonl has no column 'sku' for catalogue_item.*--columns catalogue_item=NAME",
         ),
         ("items.jsonl", '"cup"', '"tea"', ".*item 'tea' more than once: keep one row an item"),
         ("items.jsonl", '"cup"', "null", ".*items.jsonl has a row without sku"),
@@ -288,7 +303,7 @@ def test_it_may_be_the_target_that_a_mixture_is_to_have_nothing_of(files, option
         (["--domains", "kiosk"], "unknown domain 'kiosk'.* One of your own needs --interactions and --items"),
         (
             ["--domains", "kiosk", "--interactions", "x.csv", "--items", "y.csv", "--columns", "who=visitor"],
-            "--columns who=visitor: is user=NAME or item=NAME or time=NAME",
+            "--columns who=visitor: is user=NAME or item=NAME or time=NAME or catalogue_item=NAME",
         ),
         (["--domains", "kiosk", "--interactions", "x.csv", "--items", "y.csv"], "no file matches y.csv"),
     ],

@@ -134,10 +134,10 @@ def test_what_pretrained_runs_start_from_must_be_there(experiment, tmp_path, mon
         run_experiment(path, tmp_path / "r.json", 1, [], tmp_path / "runs")
 
 
-def places(runs: Path, name: str, seed: int, rank: np.ndarray, user: np.ndarray, step: int = 3) -> dict:
+def places(runs: Path, name: str, seed: int, rank: np.ndarray, user: np.ndarray, step: int = 3, **changed) -> dict:
     """A run's folder with its places, and its line."""
     row = np.arange(len(rank))
-    what = {"split": "test", "step": step, "data": "x", "domains": ["a"], "at": [10], "protocol": {}}
+    what = {"split": "test", "step": step, "data": "x", "domains": ["a"], "at": [10], "protocol": {}} | changed
     folder = runs / f"s-{name}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     ranks = RowRanks(["a"], row, np.zeros(len(row), np.int32), user, rank.astype(np.float64))
@@ -172,6 +172,13 @@ def test_users_are_drawn_with_the_rows_of_all_seeds(tmp_path, capsys):
     path_of(tmp_path / "three" / "r.json").unlink()
     (fewer,) = paired_runs(experiment, lines, tmp_path / "three" / "r.json", tmp_path / "three")
     assert fewer["seeds"] == [0, 1]
+    # Places by other rules are not those of the line, though both runs have them.
+    for i, name in enumerate("ab"):
+        places(tmp_path / "three", name, 1, rank[i, 0], user, overrides={"evaluate.mask_history": True})
+    assert paired_runs(experiment, lines, tmp_path / "three" / "r.json", tmp_path / "three") == [fewer]
+    assert json.loads(path_of(tmp_path / "three" / "r.json").read_text()) == [fewer]
+    noted = capsys.readouterr().err
+    assert "s-a-1" in noted and "evaluate.mask_history: true" in noted and "dist-rec evaluate" in noted
     print_paired(three)
     shown = capsys.readouterr().out
     assert "x: a minus b, s" in shown

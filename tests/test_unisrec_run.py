@@ -26,6 +26,7 @@ from dist_rec.training.evaluate import evaluate_run
 from dist_rec.training.finetuning import how_it_starts
 from dist_rec.training.kinds import kind_of
 from dist_rec.training.prepare import prepare
+from dist_rec.training.row_ranks import read_ranks
 
 SECONDS = 180
 MODELS = {
@@ -119,6 +120,8 @@ def test_what_an_evaluation_overrides_stands_beside_its_figures(runs, tmp_path):
     dist_rec("evaluate", run, "--evaluate.mask_history", "true", "--evaluate.batch_size", "16")
     told = json.loads((run / "evaluation.json").read_text())
     assert told["overrides"] == {"evaluate.mask_history": True, "evaluate.batch_size": 16}
+    assert read_ranks(run, "test")[1].overrides == {"evaluate.mask_history": True}
+    assert read_ranks(runs[0], "test")[1].overrides == {}
     dist_rec("report", run)
     assert "test split, step 10, --evaluate.batch_size 16, --evaluate.mask_history true" in (
         (run / "report.html").read_text().replace("&quot;", '"')
@@ -196,14 +199,28 @@ def test_what_cannot_be_is_refused_before_training(sequences, name, changes, fau
         prepare(from_dict(Config, tree, "mine"))
 
 
+def test_events_that_the_encoder_has_no_room_for_are_told(sequences):
+    """Sequences have 5 events at most before their last."""
+    tree = tree_of(sequences, "full")
+    for most, told in ((6, False), (5, False), (3, True)):
+        tree["model"]["encoder"] = tree["model"]["encoder"] | {"max_length": most}
+        prepared = prepare(config := from_dict(Config, tree, "mine"))
+        statistics = prepared.indexes["train"].statistics
+        said = prepared.kind.not_trained_on(prepared.schema, config, prepared.features, statistics)
+        assert bool(said) == told, most
+    assert "up to 5 events" in said and "model.encoder.max_length is 3" in said and "--max-length 3" in said
+
+
 def test_a_run_without_a_catalogue_ends_without_an_evaluation_and_says_so(sequences):
     tree, run = tree_of(sequences, "in_batch"), sequences / "runs" / "nothing-to-rank"
     tree["run"]["name"] = run.name
     tree["data"] |= {"catalogue": None, "valid": None, "test": None}
     tree["train"]["steps"] = 2
+    tree["model"]["encoder"] = tree["model"]["encoder"] | {"max_length": 4}
     (path := sequences / "nothing-to-rank.yaml").write_text(yaml.safe_dump(tree))
     done = run_command([sys.executable, "-m", "dist_rec", "train", str(path), "--json"], SECONDS)
     assert done.returncode == 0 and "step 2, not evaluated: a sequence model is measured by" in done.stdout, done.stderr
+    assert "of longer ones the newest 4 are read and predicted" in done.stderr
     found = json.loads((run / "evaluation.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == {"run": str(run), **found}
     assert (found["split"], found["step"], found["overall"], found["domains"]) == (None, 2, {}, {})

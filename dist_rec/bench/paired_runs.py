@@ -8,6 +8,7 @@ of the runs, in paired_RESULTS, and stay there when run folders are gone.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def _pairs(lines: dict[Any, Entry], key: tuple[str, str, str, str], seeds: list[
 
 
 def _places(line: Entry | None, runs: Path) -> Any:
-    """What a run's folder keeps of every row; None where it keeps nothing, or of another training than the line's."""
+    """What a run's folder keeps of every row; None where it keeps nothing, or not of what the line is of."""
     if line is None:
         return None
     from ..training.row_ranks import path_of as ranks_of
@@ -99,6 +100,14 @@ def _places(line: Entry | None, runs: Path) -> Any:
     if line["evaluated"] is None or not ranks_of(folder, line["evaluated"]).is_file():
         return None
     ranks, about = read_ranks(folder, line["evaluated"])
+    if about.overrides:
+        asked = ", ".join(f"{key}: {json.dumps(value)}" for key, value in about.overrides.items())
+        print(
+            f"dist-rec: {folder} is not compared row by row: it was last evaluated with {asked}, unlike the others of "
+            f"the experiment. `dist-rec evaluate {folder} --split {about.split}` writes its own places again.",
+            file=sys.stderr,
+        )
+        return None
     return (ranks, about) if about.step == line["step"] else None
 
 

@@ -36,7 +36,8 @@ class SequenceEncoderConfig:
 
     * `feedforward`: width between the two layers of a block.
     * `dropout`, `attention_dropout`: of the input and of blocks' outputs, and of attention's weights.
-    * `max_length`: events, counted from the newest, that it reads.
+    * `max_length`: events, counted from the newest, that it reads; older ones of a training sequence are no targets
+      either, so that data should be built with a --max-length no larger.
     """
 
     layers: int = Field(default=2, ge=1)

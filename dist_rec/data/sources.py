@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from ..errors import UserError, nearest
 from ..schema import Schema
-from .casts import COMPLAINT, FILE, SQL_TYPE, Need, Use, cast_sql, literal
+from .casts import FILE, SQL_TYPE, Need, Use, cast_sql, literal
 from .index import Extension
+from .raw_files import check_header, read_error, reader, sniffing_error
 
 
 @dataclass(frozen=True)
@@ -244,57 +245,20 @@ def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation
     if not any(Path(file).stat().st_size for file in files):
         raise UserError(f"{pattern}: {'the file is' if len(files) == 1 else f'all {len(files)} files are'} empty.")
     for file in files:
-        reader = _reader(file)
-        if runs and runs[-1][0] == reader:
+        sql = reader(file)
+        if runs and runs[-1][0] == sql:
             runs[-1][1].append(file)
         else:
-            runs.append((reader, [file]))
-    for reader, group in runs:
-        listed = ", ".join(literal(file) for file in group)
-        sql = reader.format(files=listed)
+            runs.append((sql, [file]))
+    for sql, group in runs:
+        sql = sql.format(files=", ".join(literal(file) for file in group))
         try:
+            for file in group:
+                check_header(con, file)
             described = con.execute(f"DESCRIBE SELECT * FROM {sql}").fetchall()
         except duckdb.Error as error:
-            raise read_error(error, pattern) from None
+            raise sniffing_error(con, error, pattern) from None
         yield Relation(pattern, sql, {name: kind for name, kind, *_ in described if name != FILE})
-
-
-def _reader(file: str) -> str:
-    name = re.sub(r"\.(gz|zst)$", "", file.lower())
-    suffix = Path(name).suffix
-    common = f"union_by_name=true, filename='{FILE}'"
-    csv = f"header=true, all_varchar=true, comment='', escape='\"', {common}"
-    if suffix in (".parquet", ".pq"):
-        return f"read_parquet([{{files}}], binary_as_string=true, {common})"
-    if suffix == ".csv":
-        return f"read_csv([{{files}}], delim=',', quote='\"', {csv})"
-    if suffix == ".tsv":
-        return f"read_csv([{{files}}], delim='\t', quote='\"', {csv})"
-    if suffix in (".inter", ".item", ".user"):
-        # RecBole's atomic files never quote: a title may begin with a quotation mark.
-        return f"read_csv([{{files}}], delim='\t', quote='', {csv.replace(chr(34), '')})"
-    if suffix in (".jsonl", ".ndjson"):
-        return f"read_json([{{files}}], format='newline_delimited', maximum_depth=1, {common})"
-    raise UserError(
-        f"{file}: cannot tell its format. Known endings: .parquet, .csv, .tsv, .jsonl (also .gz), "
-        "and RecBole's .inter, .item, .user."
-    )
-
-
-def read_error(error: duckdb.Error, pattern: str) -> UserError:
-    """What DuckDB says of the files of a glob, in words for whoever named them."""
-    ours = COMPLAINT.search(str(error))
-    if ours:
-        return UserError(ours.group(1))
-    if isinstance(error, duckdb.OutOfMemoryException):
-        return UserError(f"reading {pattern} needs more memory than memory_limit allows: raise it. {_first(error)}")
-    return UserError(f"cannot read {pattern}: {_first(error)} The file is damaged or not what its ending says.")
-
-
-def _first(error: duckdb.Error) -> str:
-    """The part of a DuckDB message that concerns the data, not the SQL."""
-    text = str(error).split("\n\nLINE ")[0].strip()
-    return " ".join(text.splitlines()[:3])
 
 
 def _store(con, table: str, parts: list[Relation], columns: list[tuple[Need, str]]) -> list[int]:

@@ -12,10 +12,11 @@ w s_j + c, of the state before it is made one of length 1; w and c start as 0. O
 nearest item of all, the one that was just bought, is not what comes next.
 
 A row is one sequence, its history and then its item. In training every event but the first is the target of what
-precedes it, all in one pass. Prefix by prefix that is the paper's training on the same rows, with two differences: a
-batch has all prefixes of a sequence or none, and a sequence has one augmented copy (`layers.augment`), not one for each
-prefix. That copy's states are no negatives of its own sequence's positions: where an event is dropped, neighbouring
-positions share their partner, which cannot be both right and wrong.
+precedes it, all in one pass. Prefix by prefix that is the paper's training on the same rows, with three differences: a
+batch has all prefixes of a sequence or none; the adaptor runs once on each distinct text of a rank's batch, so that all
+its occurrences, and copies, share one draw of dropout and of the gate's noise; and a sequence has one augmented copy
+(`layers.augment`), not one for each prefix. That copy's states are no negatives of its own sequence's positions: where
+an event is dropped, neighbouring positions share their partner, which cannot be both right and wrong.
 
 In evaluation the row's item alone is a target; losses are without augmentation, so L_SS then pairs states with
 themselves. A pass's first batch lists the catalogue, whose vectors are kept for the batches after it, which list none,

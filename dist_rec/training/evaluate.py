@@ -136,7 +136,8 @@ def evaluate_run(
         others = Baselines(prepared, tasks, split, process) if baselines else None
         predict = others.watch(loaded.predict) if others else loaded.predict
         entry: dict[str, Any] = {"split": split, "step": loaded.step}
-        if asked := changes(to_dict(load_config(run / "config.yaml")), to_dict(config)):
+        asked = changes(to_dict(load_config(run / "config.yaml")), to_dict(config))
+        if asked:
             entry["overrides"] = {change.key: change.now for change in asked}
         if loaded.converted:
             entry["converted"] = loaded.converted
@@ -147,7 +148,7 @@ def evaluate_run(
                 "Compare metrics over several seeds (dist-rec bench experiment)."
             )
         entry |= evaluate(prepared, evaluator, stream, predict, loaded.sharded)
-        keep_ranks(evaluator, prepared, split, loaded.step, run)
+        keep_ranks(evaluator, prepared, split, loaded.step, run, asked)
         if others:
             entry["baselines"] = others.compute()
         if process.is_main:

@@ -7,6 +7,8 @@ instead of evaluating a second model, whose data may lie in other shards.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,25 @@ from .evaluators import Evaluator
 from .passes import fingerprint
 from .prepared import Prepared
 from .ranking import RowRanks
+from .resume import Change
 
 _KEY = b"dist_rec"
+# Config keys on which no row's place depends.
+IDLE = (
+    "run.*",
+    "train.*",
+    "checkpoint.*",
+    "evaluate.batch_size",
+    "evaluate.at",
+    "evaluate.ndcg_at",
+    "data.train",
+    "data.valid",
+    "data.batch_size",
+    "data.read_ahead",
+    "data.retries",
+    "data.retry_seconds",
+    "data.timeout_seconds",
+)
 # Of a catalogue's fingerprint: enough to tell two apart, and to be read in a message.
 FINGERPRINT_DIGITS = 12
 
@@ -39,6 +58,7 @@ class Evaluated:
         domains: names, in the order of the schema.
         at: cuts of the run's recall and NDCG.
         protocol: see `RankingEvaluator`.
+        overrides: of config keys that places depend on, those that were not the run's own, and their values.
     """
 
     split: str
@@ -47,14 +67,21 @@ class Evaluated:
     domains: list[str]
     at: list[int]
     protocol: dict[str, Any]
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def path_of(run: Path, split: str) -> Path:
     return run / f"ranks-{split}.parquet"
 
 
-def keep_ranks(evaluator: Evaluator, prepared: Prepared, split: str, step: int, run: Path) -> None:
-    """Write the places that `evaluator` has of a whole split into the run folder, if it has places. Collective."""
+def keep_ranks(
+    evaluator: Evaluator, prepared: Prepared, split: str, step: int, run: Path, asked: Sequence[Change] = ()
+) -> None:
+    """Write the places that `evaluator` has of a whole split into the run folder, if it has places. Collective.
+
+    Args:
+        asked: in what the config is not the run's own.
+    """
     ranks = evaluator.per_row()
     if ranks is not None:
         what = Evaluated(
@@ -64,6 +91,7 @@ def keep_ranks(evaluator: Evaluator, prepared: Prepared, split: str, step: int, 
             domains=ranks.domains,
             at=list(evaluator.at),
             protocol=_catalogue(prepared) | evaluator.protocol,
+            overrides={change.key: change.now for change in asked if not change.among(IDLE)},
         )
         write_ranks(path_of(run, split), ranks, what)
 

@@ -75,6 +75,9 @@ def train(config: Config, look_back: bool = True) -> Path:
             tracker = Tracker(folder, trainer.step)
             if earlier:
                 print(_how_it_goes_on(earlier, trainer), file=sys.stderr)
+            of_rows = prepared.indexes["train"].statistics
+            if aside := prepared.kind.not_trained_on(prepared.schema, config, prepared.features, of_rows):
+                print(f"dist-rec: {aside}", file=sys.stderr)
             if config.tables.wire != "fp32" and process.world_size == 1:
                 print(
                     f"dist-rec: tables.wire {config.tables.wire} does nothing: one rank sends no vectors.",

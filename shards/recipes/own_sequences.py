@@ -24,10 +24,13 @@ from rows import Catalog
 from sequence_rows import Sequences, core, described, held_out, with_texts, without_target
 
 from dist_rec.data.casts import FILE, Need, cast_sql, instant, is_instant, quote
-from dist_rec.data.sources import read_error, relations
+from dist_rec.data.raw_files import read_error
+from dist_rec.data.sources import relations
 from dist_rec.errors import UserError, nearest
 
 COLUMNS = {"user": "user", "item": "item", "time": "time"}
+# The items' own name of theirs, where it is not that of the interactions.
+OF_ITEMS = "catalogue_item"
 TEXTS = ("title", "categories", "brand")
 # Seconds of the year 5138, which milliseconds of 1973 pass.
 LATEST = 10**11
@@ -39,7 +42,7 @@ class Own:
 
     Attributes:
         interactions, items: globs.
-        columns: raw column of `user`, `item` and `time`.
+        columns: raw column of `user`, `item` and `time`, and of `catalogue_item` where the items call it otherwise.
         texts: raw columns of the items' texts; None is those of `TEXTS` that there are.
         least: events that users and items must have, those of fewer going again and again; 1 keeps all.
     """
@@ -115,10 +118,10 @@ class Own:
                 f"{', '.join(sorted(there))}: name its texts with --text."
             )
         columns = {f"text{i}": name for i, name in enumerate(texts)}
-        table = _read(con, self.items, {"item": self.columns["item"]}, columns)
+        table = _read(con, self.items, {OF_ITEMS: self.columns.get(OF_ITEMS, self.columns["item"])}, columns)
         if not len(table):
             raise UserError(f"{self.items} has no rows.")
-        counts = table["item"].value_counts()
+        counts = table[OF_ITEMS].value_counts()
         twice = counts.filter(pc.greater(counts.field("counts"), 1))
         if len(twice):
             raise UserError(
@@ -126,7 +129,7 @@ class Own:
             )
         parts = [table[name].to_pylist() for name in columns]
         found = pa.array([described(one) for one in zip(*parts, strict=True)], pa.string())
-        return pa.table({"item": table["item"], "texts": found})
+        return pa.table({"item": table[OF_ITEMS], "texts": found})
 
 
 def _read(

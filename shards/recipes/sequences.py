@@ -30,7 +30,7 @@ from pathlib import Path
 from amazon2018 import RAW_SOURCES
 from common import SCHEMAS, arguments, build_parts, positive, raw_root, run, workspace, write_part
 from overlap import Overlap
-from own_sequences import COLUMNS, TEXTS, Own
+from own_sequences import COLUMNS, OF_ITEMS, TEXTS, Own
 from sequence_rows import Sequences, capped, framed, sequence_tables, statistics, training_only, without
 from sequence_sources import SOURCES as PUBLIC_SOURCES
 
@@ -98,8 +98,8 @@ def own_sources(options: argparse.Namespace) -> dict[str, Source]:
     columns = dict(COLUMNS)
     for pair in options.columns or ():
         ours, _, name = pair.partition("=")
-        if ours not in COLUMNS or not name:
-            raise UserError(f"--columns {pair}: is {' or '.join(f'{one}=NAME' for one in COLUMNS)}.")
+        if ours not in (*COLUMNS, OF_ITEMS) or not name:
+            raise UserError(f"--columns {pair}: is {' or '.join(f'{one}=NAME' for one in (*COLUMNS, OF_ITEMS))}.")
         columns[ours] = name
     texts = None if options.text is None else tuple(options.text)
     own = Own(options.interactions, options.items, columns, texts, options.core or 1)
@@ -121,7 +121,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--interactions", metavar="FILES", help="who had what when: Parquet, CSV, TSV, JSON lines")
     own.add_argument("--items", metavar="FILES", help="an item a row, with its texts")
     pairs = listed | {"metavar": "user=A,item=B,time=C"}
-    own.add_argument("--columns", **pairs, help="theirs, where not user, item, time")
+    own.add_argument(
+        "--columns", **pairs, help=f"theirs, where not user, item, time; {OF_ITEMS}=D where --items calls it otherwise"
+    )
     own.add_argument("--text", **listed, help=f"texts of items (default: {', '.join(TEXTS)}, if there)")
     own.add_argument("--core", metavar="N", type=positive, help="least events of users and items (default: 1)")
     return options

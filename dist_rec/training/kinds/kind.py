@@ -5,7 +5,7 @@ else it is given beside them, how it is built, and how it is measured.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
@@ -17,6 +17,7 @@ from ..evaluators import Evaluator
 from ..start.freeze import Levels
 
 if TYPE_CHECKING:
+    from ...data.index import FeatureStatistics
     from ...embeddings.tables import TableSpec
     from ...models.towers import TwoTowers
 
@@ -111,6 +112,17 @@ class Kind(ABC):
 
     def not_evaluated(self, config: Config) -> str | None:
         """Why there is nothing to measure of this config's model, in words; None where there is."""
+        return None
+
+    def not_trained_on(
+        self, schema: Schema, config: Config, features: Sequence[str], statistics: Mapping[str, FeatureStatistics]
+    ) -> str | None:
+        """What of the training rows it leaves aside, in words; None where nothing.
+
+        Args:
+            features: of the data, those that it reads.
+            statistics: of the training rows, by feature.
+        """
         return None
 
     def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from ..start.freeze import Levels
 from .kind import Kind, item_of
 
 if TYPE_CHECKING:
+    from ...data.index import FeatureStatistics
     from ...embeddings.tables import TableSpec
     from ...models.towers import TwoTowers
 
@@ -147,6 +148,20 @@ class UniSRecKind(Kind):
 
     def drawn(self, config: Config) -> str:
         return _first_ndcg(config.evaluate.at)
+
+    def not_trained_on(
+        self, schema: Schema, config: Config, features: Sequence[str], statistics: Mapping[str, FeatureStatistics]
+    ) -> str | None:
+        longest = max(statistics[name].max_length for name in features if schema.features[name].kind == "ids")
+        most = config.model.encoder.max_length
+        if longest <= most:
+            return None
+        return (
+            f"training sequences have up to {longest:,} events before their last, and model.encoder.max_length is "
+            f"{most:,}: of longer ones the newest {most:,} are read and predicted, the others are not trained on. "
+            f"Build the data with --max-length {most}, which cuts sequences into windows, or set "
+            f"model.encoder.max_length {longest}."
+        )
 
     def told(self, dataset: str, config: Config, overall: dict[str, dict[str, Any]]) -> dict[str, Any]:
         is_pretrained = config.finetune.run is not None
