@@ -79,9 +79,21 @@ def read_error(error: duckdb.Error, pattern: str) -> UserError:
         return UserError(ours.group(1))
     if isinstance(error, duckdb.OutOfMemoryException):
         return UserError(f"reading {pattern} needs more memory than memory_limit allows: raise it. {_first(text)}")
+    where = pattern
     if line := _LINE.search(text):
-        return UserError(_of_line(text, line, pattern))
-    return UserError(f"cannot read {pattern}: {_first(text)} The file is damaged or not what its ending says.")
+        number, original = line.group(1), (line.group(2) or "")[:LONGEST_LINE]
+        file = _FILE.search(text)
+        where = f"{file.group(1) if file else pattern}, line {number}"
+        if fields := _FIELDS.search(text):
+            return UserError(
+                f"{where} has not the header's {fields.group(1)} fields but {fields.group(2)}: {original!r}. A value "
+                "with the separator in it stands between quotes."
+            )
+        if "unterminated quote" in text:
+            return UserError(
+                f"{where} has a quote that does not end with its value: {original!r}. A quote in a value is doubled."
+            )
+    return UserError(f"cannot read {where}: {_first(text)} The file is damaged or not what its ending says.")
 
 
 def sniffing_error(con: duckdb.DuckDBPyConnection, error: duckdb.Error, pattern: str) -> UserError:
@@ -114,21 +126,6 @@ def _first_line(con: duckdb.DuckDBPyConnection, file: str) -> str:
     whole = f"{CsvForm(chr(1), '').options}, header=false, auto_detect=false, columns={{'line': 'VARCHAR'}}"
     found = con.sql(f"SELECT line FROM read_csv({literal(file)}, {whole}) LIMIT 1").fetchall()
     return (found[0][0] or "") if found else ""
-
-
-def _of_line(text: str, line: re.Match[str], pattern: str) -> str:
-    """What is wrong with a line that DuckDB names."""
-    file, fields = _FILE.search(text), _FIELDS.search(text)
-    where = f"{file.group(1) if file else pattern}, line {line.group(1)}"
-    original = (line.group(2) or "")[:LONGEST_LINE]
-    if fields:
-        return (
-            f"{where} has not the header's {fields.group(1)} fields but {fields.group(2)}: {original!r}. A value with "
-            "the separator in it stands between quotes."
-        )
-    if "unterminated quote" in text:
-        return f"{where} has a quote that does not end with its value: {original!r}. A quote in a value is doubled."
-    return f"cannot read {where}: {_first(text)} The file is damaged or not what its ending says."
 
 
 def _first(text: str) -> str:

@@ -245,13 +245,13 @@ def relations(con: duckdb.DuckDBPyConnection, pattern: str) -> Iterator[Relation
     if not any(Path(file).stat().st_size for file in files):
         raise UserError(f"{pattern}: {'the file is' if len(files) == 1 else f'all {len(files)} files are'} empty.")
     for file in files:
-        sql = reader(file)
-        if runs and runs[-1][0] == sql:
+        form = reader(file)
+        if runs and runs[-1][0] == form:
             runs[-1][1].append(file)
         else:
-            runs.append((sql, [file]))
-    for sql, group in runs:
-        sql = sql.format(files=", ".join(literal(file) for file in group))
+            runs.append((form, [file]))
+    for form, group in runs:
+        sql = form.format(files=", ".join(literal(file) for file in group))
         try:
             for file in group:
                 check_header(con, file)

@@ -36,8 +36,6 @@ IDLE = (
     "evaluate.batch_size",
     "evaluate.at",
     "evaluate.ndcg_at",
-    "data.train",
-    "data.valid",
     "data.batch_size",
     "data.read_ahead",
     "data.retries",
